@@ -1,0 +1,52 @@
+"""How large the KV cache is: bytes for one block, blocks for the memory there is."""
+
+import psutil
+import torch
+
+from nanovllm.config import Config
+
+DEFAULT_CPU_MEMORY = 1 << 30  # bytes
+
+
+def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of KV cache that one block takes: a key and a value for each token, in every layer and KV head."""
+    return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the engine may still take on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device) -> int:
+    """The number of blocks: what `num_kv_blocks` says, or as many as the allowed memory holds.
+
+    Raises ValueError if they do not fit in the device's free memory, or are too few for `max_model_len`.
+    """
+    free = free_memory(device)
+    if config.num_kv_blocks is not None:
+        num_blocks = config.num_kv_blocks
+    elif config.kv_cache_memory is not None:
+        num_blocks = config.kv_cache_memory // bytes_per_block
+    elif device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        num_blocks = max(0, int(free - (1 - config.gpu_memory_utilization) * total)) // bytes_per_block
+    else:
+        num_blocks = DEFAULT_CPU_MEMORY // bytes_per_block
+
+    needed = (num_blocks + 1) * bytes_per_block  # one more for padding
+    if needed > free:
+        raise ValueError(
+            f"a KV cache of {num_blocks} blocks needs {needed / 1e9:.2f} GB ({bytes_per_block:,} bytes a block), but "
+            f"{device} has {free / 1e9:.2f} GB free; lower num_kv_blocks or kv_cache_memory, or use dtype='bfloat16'"
+        )
+    num_blocks_needed = -(-(config.max_model_len or 2) // config.block_size)
+    if num_blocks < num_blocks_needed:
+        raise ValueError(
+            f"the KV cache has {num_blocks} blocks of {config.block_size} tokens, but one sequence of "
+            f"{config.max_model_len or 2} tokens needs {num_blocks_needed} ({num_blocks_needed * bytes_per_block:,} bytes); "
+            "raise kv_cache_memory or num_kv_blocks, or lower max_model_len"
+        )
+    return num_blocks

@@ -1,0 +1,225 @@
+"""The engine: takes requests in, makes steps, gives answers out."""
+
+import logging
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+from nanovllm.config import Config
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduler import Batch, Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.models import get_model_class
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.checkpoint import load_eos_token_ids, load_hf_config, load_tokenizer
+from nanovllm.utils.checks import check_int
+from nanovllm.utils.hub import resolve_model
+
+logger = logging.getLogger(__name__)
+
+
+class Request:
+    """A sequence, and what its user gets to see of it."""
+
+    __slots__ = ("seq", "detokenizer", "logprobs")
+
+    def __init__(self, seq: Sequence, detokenizer: Detokenizer | None) -> None:
+        self.seq = seq
+        self.detokenizer = detokenizer
+        self.logprobs: list[dict[int, float]] | None = None if seq.params.logprobs is None else []
+
+    def output(self) -> dict[str, Any]:
+        """The answer as users get it; `token_ids` and `text` grow until `finish_reason` is no longer None."""
+        return {
+            "request_id": self.seq.id,
+            "text": self.detokenizer.text if self.detokenizer is not None else "",
+            "token_ids": self.seq.output_token_ids,
+            "finish_reason": self.seq.finish_reason,
+            "num_cached_tokens": self.seq.num_cached_tokens or 0,
+            "logprobs": self.logprobs,
+        }
+
+
+class LLMEngine:
+    """The parts of the engine, and the loop that drives them.
+
+    Args:
+        config: the settings. What is left open in it is filled in here.
+
+    Raises:
+        ModelUnavailableError: the model was not found, or could not be downloaded.
+        ValueError: the model is not supported, its files are broken, or sizes do not fit.
+    """
+
+    def __init__(self, config: Config) -> None:
+        path = resolve_model(None if config.model is None else str(config.model))
+        hf_config = load_hf_config(path)
+        get_model_class(hf_config)  # refuses an unsupported model before anything large is loaded
+        longest = hf_config.max_position_embeddings
+        if config.max_model_len is not None and config.max_model_len > longest:
+            raise ValueError(f"max_model_len is {config.max_model_len}, but the model's positions end at {longest}")
+
+        self.config = config
+        self.vocab_size = hf_config.vocab_size
+        self.eos_token_ids = load_eos_token_ids(path, hf_config)
+        self.tokenizer = load_tokenizer(path)
+        self.model_runner = ModelRunner(config, hf_config, path)
+        config.num_kv_blocks = self.model_runner.num_blocks
+        if config.max_model_len is None:
+            config.max_model_len = min(longest, config.num_kv_blocks * config.block_size)
+        self.block_manager = BlockManager(config.num_kv_blocks, config.block_size, config.enable_prefix_caching)
+        self.scheduler = (config.scheduler or Scheduler)(config, self.block_manager)
+        self.requests: dict[int, Request] = {}  # those that are not finished
+        self.num_steps = 0
+        self._ids = count()
+
+    # -- Requests ------------------------------------------------------------------------------------------------------
+
+    def make_request(self, prompt: str | SequenceOf[int], params: SamplingParams | None = None) -> Request:
+        """Check a request and prepare it, without queueing it yet. TypeError or ValueError say what is wrong with it."""
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be a SamplingParams, not {type(params).__name__}")
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this model's folder has no tokenizer; give the prompt as token ids")
+            token_ids = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, (list, tuple)):
+            token_ids = [self._check_token_id(f"prompt[{i}]", token_id) for i, token_id in enumerate(prompt)]
+        else:
+            raise TypeError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}")
+        for token_id in params.stop_token_ids:
+            self._check_token_id("stop_token_ids", token_id)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(
+                "this model's folder has no tokenizer, so stop strings cannot be found; use stop_token_ids"
+            )
+
+        max_model_len = self.config.max_model_len
+        assert max_model_len is not None
+        if not token_ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(token_ids) >= max_model_len:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens, but max_model_len is {max_model_len} for prompt and answer "
+                f"together (the KV cache holds {self.config.num_kv_blocks} blocks of {self.config.block_size} tokens); "
+                "shorten the prompt, or raise max_model_len, num_kv_blocks or kv_cache_memory"
+            )
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbits(63))
+        answer_len = max_model_len if params.max_tokens is None else params.max_tokens
+        stop_token_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_token_ids |= self.eos_token_ids
+        seq = Sequence(
+            next(self._ids), token_ids, params, min(len(token_ids) + answer_len, max_model_len), stop_token_ids
+        )
+        return Request(seq, Detokenizer(self.tokenizer, params.stop) if self.tokenizer is not None else None)
+
+    def _check_token_id(self, name: str, token_id: Any) -> int:
+        hint = f"the vocabulary has {self.vocab_size} tokens"
+        return check_int(name, token_id, at_most=self.vocab_size - 1, hint=hint)
+
+    def enqueue(self, request: Request) -> int:
+        """Queue a request that `make_request` made; returns its id."""
+        self.scheduler.add(request.seq)
+        self.requests[request.seq.id] = request
+        return request.seq.id
+
+    def abort(self, request_id: int) -> dict[str, Any]:
+        """End a request now; returns what it has got so far. KeyError if no unfinished request has this id."""
+        if request_id not in self.requests:
+            raise KeyError(f"no unfinished request has the id {request_id!r}")
+        request = self.requests.pop(request_id)
+        self.scheduler.finish(request.seq, "abort")
+        return request.output()
+
+    # -- Steps ---------------------------------------------------------------------------------------------------------
+
+    def step(self) -> tuple[Batch, list[Request]]:
+        """Make one step for all requests that can take part in it; returns its batch and the requests it finished.
+
+        If it fails, it raises; the sequences that took part go back to the queue, as if it had never been.
+        """
+        with interrupts_deferred():
+            start = time.perf_counter()
+            batch = self.scheduler.schedule()
+            if not batch.scheduled:
+                if self.requests and not batch.preempted:
+                    raise RuntimeError(f"{type(self.scheduler).__name__} scheduled nothing, although requests wait")
+                return batch, []
+            try:
+                launched = self.model_runner.launch(batch)
+                token_ids = launched.tokens()
+            except Exception:
+                self.scheduler.fail(batch)
+                raise
+            self.scheduler.update(batch, token_ids)
+            finished = self._show(batch, launched.logprobs)
+            self._log(batch, time.perf_counter() - start)
+        return batch, finished
+
+    def _show(self, batch: Batch, logprobs: dict[int, dict[int, float]]) -> list[Request]:
+        """Turn a step's tokens into text, find stop strings, and take finished requests off the list."""
+        finished = []
+        for seq in (scheduled.seq for scheduled in batch.scheduled if scheduled.samples):
+            request = self.requests[seq.id]
+            if seq.finish_reason == "abort":
+                logger.error("request %d is aborted: the model's logits for it are NaN or infinite", seq.id)
+            else:
+                if request.logprobs is not None:
+                    request.logprobs.append(logprobs[seq.id])
+                self._detokenize(request)
+            if seq.is_finished:
+                finished.append(self.requests.pop(seq.id))
+        return finished
+
+    def _detokenize(self, request: Request) -> None:
+        seq, detokenizer = request.seq, request.detokenizer
+        if detokenizer is None:
+            return
+        if seq.finish_reason != "stop":  # the token that ends an answer is not part of its text
+            detokenizer.append(seq.token_ids[-1:])
+        if detokenizer.stopped:
+            if not seq.is_finished:
+                self.scheduler.finish(seq, "stop")
+            seq.finish_reason = "stop"
+        elif seq.is_finished:
+            detokenizer.finish()
+
+    def _log(self, batch: Batch, seconds: float) -> None:
+        self.num_steps += 1
+        if logger.isEnabledFor(logging.DEBUG):
+            scheduler, blocks = self.scheduler, self.block_manager
+            logger.debug(
+                "step %d: %d tokens of %d sequences, %d admitted, %d preempted, %d running, %d waiting, "
+                "%d of %d blocks in use, %.1f ms",
+                *(self.num_steps, batch.num_tokens, len(batch.scheduled), len(batch.admitted), len(batch.preempted)),
+                *(len(scheduler.running), len(scheduler.waiting), blocks.num_blocks - len(blocks.free)),
+                *(blocks.num_blocks, 1000 * seconds),
+            )
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let Ctrl-C, or Jupyter's stop button, wait for the end of the block: bookkeeping is never left half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    received: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda signum, frame: received.append(signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if received:
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,171 @@
+"""The model runner: a scheduled batch becomes tensors, the tensors become logits, the logits become tokens."""
+
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from nanovllm.config import Config
+from nanovllm.engine.kv_cache import block_bytes, size_kv_cache
+from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels import get_backend
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.sampler import SamplingBatch, sample, top_logprobs, uniform_numbers
+from nanovllm.utils.context import Context, use_context
+from nanovllm.utils.loader import build_model
+
+
+class LaunchedStep:
+    """A step on its way: `tokens()` waits for its result, so that there is time to do something else before."""
+
+    def __init__(self, token_ids: torch.Tensor, logprobs: dict[int, dict[int, float]]) -> None:
+        self._token_ids = token_ids  # [num_sampled]
+        self.logprobs = logprobs  # sequence id -> token id -> log-probability, where a request asked for it
+
+    def tokens(self) -> list[int]:
+        """The sampled tokens, one for each scheduled sequence with `samples`, in the order of the batch."""
+        return self._token_ids.tolist()
+
+
+class ModelRunner:
+    """Owns the model and its KV cache, and runs batches on them.
+
+    Sequences that run have a row each in tables of what changes rarely: their block tables and sampling settings. So a
+    step copies only what is new, and gathers the rest by row, for all sequences at once.
+    """
+
+    def __init__(self, config: Config, hf_config: PretrainedConfig, path: Path) -> None:
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, hf_config, self.device)
+        self.block_size = config.block_size
+        self.model = build_model(hf_config, path, self.dtype, self.device, config.load_format)
+
+        attention = [module for module in self.model.modules() if isinstance(module, Attention)]
+        shape = (config.block_size, attention[0].num_kv_heads, attention[0].head_dim)
+        self.bytes_per_block = block_bytes(len(attention), *shape, self.dtype)
+        self.num_blocks = size_kv_cache(config, self.bytes_per_block, self.device)
+        backend = get_backend("torch" if config.attention_backend == "auto" else config.attention_backend)
+        self.kv_cache = backend.allocate(len(attention), self.num_blocks, *shape, self.dtype, self.device)
+        for layer, (k_cache, v_cache) in zip(attention, self.kv_cache.transpose(0, 1), strict=True):
+            layer.bind(backend, k_cache, v_cache)
+
+        # A row for each sequence that runs. None can be longer than the cache, so neither need its block table be.
+        max_num_blocks = min(self.num_blocks, -(-hf_config.max_position_embeddings // config.block_size))
+        num_rows = config.max_num_seqs
+        self.block_tables = np.zeros((num_rows, max_num_blocks), np.int32)
+        self.num_copied_blocks = [0] * num_rows
+        self.temperature = np.zeros(num_rows, np.float32)
+        self.top_k = np.zeros(num_rows, np.int64)
+        self.top_p = np.zeros(num_rows, np.float32)
+        self.min_p = np.zeros(num_rows, np.float32)
+        self.seed = np.zeros(num_rows, np.int64)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> LaunchedStep:
+        """Start a step: compute all its tokens, and sample for each sequence whose last token is among them.
+
+        Attention wants sequences with a single new token first, so the batch is put in that order.
+        """
+        batch.scheduled.sort(key=lambda s: s.num_new_tokens > 1)
+        input_ids, positions, context = self.prepare(batch)
+        with use_context(context):
+            hidden_states = self.model(input_ids, positions)  # [num_tokens, hidden_size]
+        samples = torch.tensor([s.samples for s in batch.scheduled], device=self.device)
+        last_tokens = context.query_start[1:][samples] - 1
+        if len(last_tokens) == 0:
+            return LaunchedStep(last_tokens, {})
+        logits = self.model.compute_logits(hidden_states[last_tokens])  # [num_sampled, vocab_size]
+        return self.sample([s.seq for s in batch.scheduled if s.samples], logits)
+
+    def prepare(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Context]:
+        """The tensors of a step: token ids and positions, `[num_tokens]` each, and what attention must know."""
+        scheduled = batch.scheduled
+        for seq in batch.admitted:
+            self.fill_row(seq)
+        for s in scheduled:
+            row, block_table = s.seq.row, s.seq.block_table
+            copied = self.num_copied_blocks[row]
+            if copied < len(block_table):
+                self.block_tables[row, copied : len(block_table)] = block_table[copied:]
+                self.num_copied_blocks[row] = len(block_table)
+
+        rows = np.array([s.seq.row for s in scheduled])
+        starts = np.array([s.num_computed_tokens for s in scheduled])
+        num_new = np.array([s.num_new_tokens for s in scheduled])
+        context_lens = starts + num_new
+        query_start = np.concatenate([[0], np.cumsum(num_new)])
+        # From here on one entry a token: whose it is, where in its sequence it stands, where its K/V will lie.
+        owner = np.repeat(np.arange(len(scheduled)), num_new)  # [num_tokens]
+        positions = np.arange(query_start[-1]) - query_start[owner] + starts[owner]  # [num_tokens]
+        block_tables = self.block_tables[rows, : -(-context_lens.max() // self.block_size)]  # [num_seqs, max_blocks]
+        blocks = block_tables[owner, positions // self.block_size].astype(np.int64)  # [num_tokens]
+        slots = blocks * self.block_size + positions % self.block_size  # [num_tokens]
+        token_ids = [
+            s.seq.token_ids[s.num_computed_tokens : s.num_computed_tokens + s.num_new_tokens] for s in scheduled
+        ]
+
+        context = Context(
+            block_size=self.block_size,
+            num_decodes=int((num_new == 1).sum()),
+            query_start=self.to_device(query_start.astype(np.int32)),
+            context_lens=self.to_device(context_lens.astype(np.int32)),
+            block_tables=self.to_device(block_tables),
+            slot_mapping=self.to_device(slots),
+        )
+        input_ids = np.fromiter(chain.from_iterable(token_ids), np.int64, len(owner))
+        return self.to_device(input_ids), self.to_device(positions), context
+
+    def fill_row(self, seq: Sequence) -> None:
+        """A sequence was admitted: write its sampling settings, and forget the block table of who had the row before."""
+        row, params = seq.row, seq.params
+        self.num_copied_blocks[row] = 0
+        self.temperature[row], self.top_k[row] = params.temperature, params.top_k
+        self.top_p[row], self.min_p[row], self.seed[row] = params.top_p, params.min_p, params.seed
+
+    def sample(self, seqs: list[Sequence], logits: torch.Tensor) -> LaunchedStep:
+        """Choose the next token of each sequence. `logits` is `[num_sampled, vocab_size]`."""
+        rows = np.array([seq.row for seq in seqs])
+        positions = np.array([seq.num_tokens - 1 for seq in seqs])  # where the new token will stand
+        uniform = uniform_numbers(self.seed[rows], positions)
+        settings = (self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows])
+        token_ids = sample(logits, SamplingBatch.from_host(*settings, uniform, self.device))  # [num_sampled]
+
+        logprobs = {}
+        for i, seq in enumerate(seqs):
+            if seq.params.logprobs is not None:
+                chosen, best_ids, best = top_logprobs(logits[i : i + 1], token_ids[i : i + 1], seq.params.logprobs)
+                logprobs[seq.id] = dict(zip(best_ids[0].tolist(), best[0].tolist()))
+                logprobs[seq.id].setdefault(int(token_ids[i]), chosen.item())
+        return LaunchedStep(token_ids, logprobs)
+
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a name such as "auto", "cpu" or "cuda:1" means. ValueError if this computer does not have it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not one that torch knows; use 'auto', 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported; use 'auto', 'cpu' or 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch finds no CUDA GPU here; use device='cpu'")
+    return device
+
+
+def resolve_dtype(name: str, hf_config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype that a name means; "auto" is what the device computes best and the checkpoint can stand."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16  # no bfloat16 arithmetic before Ampere
+    return hf_config.torch_dtype or torch.float32

@@ -1,0 +1,181 @@
+"""Paged attention in plain PyTorch: the reference, on any device.
+
+Keys and values lie in blocks that are scattered over the cache (Kwon et al. 2023, "Efficient Memory Management for Large
+Language Model Serving with PagedAttention"). Plain PyTorch cannot attend to scattered memory, so every layer first
+gathers what a sequence looks back on, then calls ordinary attention. *Where* that lies is the same in all layers: it is
+worked out once a step, in `plan`.
+
+Grouped-query attention shares a KV head between several query heads. Those only read it, so nothing is copied for them:
+a decode puts the query heads of a group where ordinary attention has several queries, and a prefill expands the KV head
+with a stride of zero.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.utils.context import Context
+
+# Decodes are computed together, padded to the longest. From this many padding slots on it is faster to start another
+# group (measured: about 60 us for a group, 0.15 us for a slot).
+MAX_PADDING = 512
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Sequences with one new token each and contexts of similar length; n of them, the longest context is L."""
+
+    rows: slice | torch.Tensor  # [n]: where they stand in the batch
+    cache_rows: (
+        torch.Tensor
+    )  # [n * num_kv_heads * L]: where their K/V lie in a cache of [slots * num_kv_heads, head_dim]
+    mask: torch.Tensor  # [n, 1, 1, L]: 0 where there is a token, -inf where there is padding
+
+
+@dataclass(slots=True)
+class Prefill:
+    """One sequence with several new tokens."""
+
+    rows: slice  # its new tokens in the batch
+    slots: torch.Tensor  # [context_len]: where its K/V lie in the cache
+    mask: torch.Tensor | None  # [query_len, context_len]: what each new token may see; None if all tokens are new
+
+
+@dataclass(slots=True)
+class Plan:
+    decodes: list[DecodeGroup]
+    prefills: list[Prefill]
+
+
+def allocate(
+    num_layers: int,
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """A KV cache of `[2, num_layers, num_blocks + 1, block_size, num_kv_heads, head_dim]`; [0] holds keys, [1] values.
+
+    The block more than `num_blocks` is a dummy: padding may write there.
+    """
+    return torch.zeros(2, num_layers, num_blocks + 1, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write the new tokens' keys and values, `[num_tokens, num_kv_heads, head_dim]` each, to their slots."""
+    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, key)
+    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
+
+
+def attend(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context, scale: float
+) -> torch.Tensor:
+    """Attention of each new token to all tokens of its sequence up to itself.
+
+    `query` and the result are `[num_tokens, num_heads, head_dim]`, the caches are one layer's, `[blocks, block_size,
+    num_kv_heads, head_dim]`, and hold the new tokens already. Reads nothing but the slots of the sequences themselves:
+    what else lies in the cache, NaN included, does no harm.
+    """
+    output = torch.empty_like(query)
+    for group in context.plan.decodes:
+        output[group.rows] = attend_decodes(query[group.rows], k_cache, v_cache, group, scale)
+    for prefill in context.plan.prefills:
+        output[prefill.rows] = attend_prefill(query[prefill.rows], k_cache, v_cache, prefill, scale)
+    return output
+
+
+def attend_decodes(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, group: DecodeGroup, scale: float
+) -> torch.Tensor:
+    """One query a sequence, `[n, num_heads, head_dim]`, for all sequences of a group at once."""
+    n, num_heads, head_dim = query.shape
+    num_kv_heads = k_cache.size(2)
+    # The rows come out in the order that attention wants, all tokens of a KV head together: no transposing.
+    shape = (n, num_kv_heads, -1, head_dim)
+    key = k_cache.view(-1, head_dim).index_select(0, group.cache_rows).view(shape)  # [n, num_kv_heads, L, head_dim]
+    value = v_cache.view(-1, head_dim).index_select(0, group.cache_rows).view(shape)
+    query = query.view(shape)  # [n, num_kv_heads, heads of the group, head_dim]
+    return F.scaled_dot_product_attention(query, key, value, group.mask, scale=scale).view(n, num_heads, head_dim)
+
+
+def attend_prefill(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, prefill: Prefill, scale: float
+) -> torch.Tensor:
+    """All new tokens of one sequence, `[query_len, num_heads, head_dim]`."""
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    query = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [num_kv_heads, group, query_len, head_dim]
+    shape = (num_kv_heads, query.size(1), len(prefill.slots), head_dim)
+    key = k_cache.flatten(0, 1).index_select(0, prefill.slots)  # [context_len, num_kv_heads, head_dim]
+    value = v_cache.flatten(0, 1).index_select(0, prefill.slots)
+    key = key.transpose(0, 1).unsqueeze(1).expand(shape)  # [num_kv_heads, group, context_len, head_dim]
+    value = value.transpose(0, 1).unsqueeze(1).expand(shape)
+    output = F.scaled_dot_product_attention(
+        query, key, value, prefill.mask, is_causal=prefill.mask is None, scale=scale
+    )
+    return output.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def plan(context: Context, k_cache: torch.Tensor) -> Plan:
+    """What `attend` needs to know of a step; `k_cache` is any layer's, for its shape, dtype and device."""
+    context_lens = context.context_lens.tolist()
+    starts = context.query_start.tolist()
+    n = context.num_decodes
+    return Plan(
+        decodes=[plan_decodes(context, k_cache, seqs) for seqs in group_by_length(context_lens[:n])],
+        prefills=[
+            plan_prefill(context, k_cache, i, slice(starts[i], starts[i + 1]), context_lens[i])
+            for i in range(n, len(context_lens))
+        ],
+    )
+
+
+def group_by_length(context_lens: list[int]) -> list[list[int]]:
+    """Decodes that are computed together: a long context must not make the gather of thirty short ones long as well."""
+    groups: list[list[int]] = []
+    padding, longest = 0, 0
+    for i in sorted(range(len(context_lens)), key=lambda i: -context_lens[i]):
+        padding += longest - context_lens[i]
+        if not groups or padding > MAX_PADDING:
+            groups.append([])
+            padding, longest = 0, context_lens[i]
+        groups[-1].append(i)
+    return groups if len(groups) > 1 else [list(range(len(context_lens)))] if groups else []
+
+
+def plan_decodes(context: Context, k_cache: torch.Tensor, seqs: list[int]) -> DecodeGroup:
+    device, num_kv_heads = k_cache.device, k_cache.size(2)
+    # Indexing with a slice is a view, with a tensor a copy; most steps have a single group.
+    rows = slice(0, len(seqs)) if len(seqs) == context.num_decodes else torch.tensor(seqs, device=device)
+    context_lens = context.context_lens[rows].unsqueeze(1)  # [n, 1]
+    positions = torch.arange(int(context_lens.max()), device=device)  # [L]
+    is_token = positions < context_lens  # [n, L]
+    # Padding reads the sequence's own first token. Its weight will be 0, but 0 * NaN is NaN: it must not read others'.
+    slots = slots_of(context.block_tables[rows], positions * is_token, context.block_size)  # [n, L]
+    heads = torch.arange(num_kv_heads, device=device).unsqueeze(1)  # [num_kv_heads, 1]
+    mask = torch.zeros(is_token.shape, dtype=k_cache.dtype, device=device).masked_fill_(~is_token, float("-inf"))
+    return DecodeGroup(rows, (slots.unsqueeze(1) * num_kv_heads + heads).flatten(), mask[:, None, None])
+
+
+def plan_prefill(context: Context, k_cache: torch.Tensor, seq: int, rows: slice, context_len: int) -> Prefill:
+    query_len = rows.stop - rows.start
+    positions = torch.arange(context_len, device=k_cache.device).unsqueeze(0)  # [1, context_len]
+    slots = slots_of(context.block_tables[seq : seq + 1], positions, context.block_size).squeeze(0)
+    if query_len == context_len:
+        return Prefill(rows, slots, mask=None)
+    # New token i stands at position context_len - query_len + i, and sees what stands there and before.
+    hidden = torch.full((query_len, context_len), float("-inf"), dtype=k_cache.dtype, device=k_cache.device)
+    return Prefill(rows, slots, hidden.triu_(context_len - query_len + 1))
+
+
+def slots_of(block_tables: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+    """The slots of the tokens at `positions`, `[n, L]`, of sequences with these `block_tables`, `[n, max_blocks]`."""
+    return block_tables.long().gather(1, positions // block_size) * block_size + positions % block_size

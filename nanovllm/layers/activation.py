@@ -1,0 +1,13 @@
+"""The nonlinearity of the feed-forward layer."""
+
+import torch
+import torch.nn.functional as F
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer"): silu(gate) * up.
+
+    `gate_up` is `[num_tokens, 2 * size]`, both halves of one matrix product; returns `[num_tokens, size]`.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

@@ -1,0 +1,23 @@
+"""RMSNorm (Zhang and Sennrich 2019, "Root Mean Square Layer Normalization")."""
+
+import torch
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    """Divides each row by its root mean square, in float32, and multiplies it by a learned weight.
+
+    rms(x) = sqrt(mean(x^2) + eps) = hypot(|x| / sqrt(size), sqrt(eps)), which is two small operations less.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.inverse_root_size = size**-0.5
+        self.root_eps = torch.tensor(eps**0.5, dtype=torch.float32, device="cpu")  # a scalar works with any device
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` is `[..., size]`; returns the same shape and dtype."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # [..., 1]
+        rms = torch.hypot(length.mul_(self.inverse_root_size), self.root_eps)
+        return (x / rms).mul_(self.weight).to(x.dtype)

@@ -1,0 +1,76 @@
+"""Matrix products, which are nearly all of a model's work.
+
+A decode step reads every weight once and does little with it, so its time is that of reading them. Two things help on a
+CPU. Products with the same input are *merged* into one (query, key and value; gate and up). And weights are *packed*
+when they are loaded, into the blocked layout that the CPU's matrix kernel wants; otherwise it would copy them into that
+layout in every call.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# The number of rows that packed weights are laid out for. Fewer run about as fast; a hint of 1 makes them several times
+# slower at any other number.
+PACK_ROWS = 64
+
+# See `linear_in_float32`.
+FLOAT32_ROWS = 16
+FLOAT32_SLICE = 4096
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. The weight is `[out_features, in_features]`, as in PyTorch and in checkpoints."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight: torch.Tensor | None = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.packed: torch.Tensor | None = None  # takes the weight's place on a CPU
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` is `[num_tokens, in_features]`; returns `[num_tokens, out_features]`."""
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if x.dtype != torch.float32 and not x.is_cuda and len(x) >= FLOAT32_ROWS:
+            return linear_in_float32(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+    def prepack(self) -> None:
+        """Pack the weight for this CPU and let the original go; nothing where this CPU or PyTorch cannot."""
+        self.packed = pack(self.weight)
+        if self.packed is not None:
+            self.weight = None
+
+
+class MergedLinear(Linear):
+    """Several products of the same input in one: query, key and value, or gate and up.
+
+    `parts` are the out_features of each, under the name that it has in a checkpoint; their outputs stand side by side.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool = False) -> None:
+        super().__init__(in_features, sum(parts.values()), bias)
+        self.parts = parts
+
+
+def linear_in_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A product of many rows in bfloat16 or float16 on a CPU that has no arithmetic for them.
+
+    PyTorch's own takes as long for each row as for the first. To convert the weight in every call takes as long as some
+    ten rows, and then the product is as fast as in float32. Slice by slice, so that the copy stays in the CPU's cache.
+    """
+    x = x.float()
+    output = torch.cat([F.linear(x, rows.float()) for rows in weight.split(FLOAT32_SLICE)], dim=-1).to(weight.dtype)
+    return output if bias is None else output.add_(bias)
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor | None:
+    """`weight` in oneDNN's blocked layout, or None where this PyTorch or this CPU has none for its dtype."""
+    reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    if reorder is None or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return None
+    try:
+        return reorder(weight, PACK_ROWS)
+    except RuntimeError:  # bfloat16 on a CPU without AVX-512, for instance
+        return None

@@ -1,0 +1,224 @@
+"""LLM: the engine as users hold it. Prompts in, answers out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from nanovllm.config import Config
+from nanovllm.engine.llm_engine import LLMEngine, Request
+from nanovllm.engine.scheduler import Batch
+from nanovllm.sampling_params import SamplingParams
+
+Prompt = str | list[int]
+Message = dict[str, str]
+
+
+class LLM:
+    """A language model that answers prompts, many at once.
+
+    Args:
+        model: a local Hugging Face folder, a repository id such as "Qwen/Qwen3-0.6B", or None for the default model,
+            SmolLM2-135M-Instruct (downloaded once, 93 MB).
+        **settings: any other setting of `Config`, by name.
+
+    Raises:
+        ModelUnavailableError: the model was not found, or could not be downloaded.
+        TypeError, ValueError: a setting is wrong, the model is not supported or broken, or sizes do not fit.
+
+    An answer is a dict: "text"; "token_ids"; "finish_reason" ("stop", "length" or "abort"); "num_cached_tokens", the
+    prompt tokens whose keys and values were found in the prefix cache; "logprobs", one dict {token id: log-probability}
+    for each token, or None if not asked for; "request_id".
+
+    Example:
+        >>> llm = LLM()
+        >>> outputs = llm.generate(["Hello"], SamplingParams(temperature=0.0, max_tokens=10))
+        >>> print(outputs[0]["text"])
+    """
+
+    def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
+        self._engine: LLMEngine | None = LLMEngine(Config(model, **settings))
+        self._undelivered: list[dict[str, Any]] = []  # answers to requests added by hand, finished during a `generate`
+
+    @property
+    def engine(self) -> LLMEngine:
+        """The engine underneath, to look at: its `scheduler`, `block_manager`, `model_runner`, `tokenizer`, `config`."""
+        if self._engine is None:
+            raise RuntimeError("this LLM has been closed; make a new one")
+        return self._engine
+
+    # -- All at once ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | list[str] | list[list[int]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Answer a list of prompts; returns their answers in the same order.
+
+        Args:
+            prompts: texts or lists of token ids; a single text counts as a list of one.
+            sampling_params: for all prompts, or a list with one for each; `SamplingParams()` if not given.
+            use_tqdm: show a progress bar, with prompt (prefill) and output (decode) tokens per second.
+
+        Raises:
+            TypeError, ValueError: a request is wrong; the message names it by its index, and none has been queued.
+        """
+        requests = self._enqueue([prompts] if isinstance(prompts, str) else prompts, sampling_params)
+        try:
+            with Progress(len(requests), disable=not use_tqdm) as progress:
+                while progress.num_unfinished:
+                    start = perf_counter()
+                    batch, finished = self._step(requests)
+                    progress.update(batch, len(finished), perf_counter() - start)
+        finally:
+            self._abort(requests)  # those left if the cell was interrupted or a step failed
+        return [request.output() for request in requests]
+
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """Answer a conversation with the model's own chat template; a list of conversations gives a list of answers.
+
+        Args:
+            messages: dicts with "role" ("system", "user" or "assistant") and "content".
+            sampling_params, use_tqdm: as for `generate`.
+        """
+        if not isinstance(messages, list) or not messages:
+            raise ValueError("messages must be a list of dicts with 'role' and 'content', or a list of such lists")
+        if isinstance(messages[0], dict):
+            return self.generate([self.apply_chat_template(messages)], sampling_params, use_tqdm)[0]
+        return self.generate([self.apply_chat_template(m) for m in messages], sampling_params, use_tqdm)
+
+    def apply_chat_template(self, messages: list[Message]) -> list[int]:
+        """The prompt, as token ids, that asks the model for the next message of a conversation."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None or not tokenizer.chat_template:
+            raise ValueError("this model has no chat template; use generate with a prompt of your own")
+        for i, message in enumerate(messages):
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                raise ValueError(f"messages[{i}] must be a dict with 'role' and 'content', not {message!r}")
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.encode(text, add_special_tokens=False)  # the template has written them already
+
+    # -- Piece by piece ------------------------------------------------------------------------------------------------
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[dict[str, Any]]:
+        """Answer one prompt piece by piece: dicts with what is new in "text" and "token_ids", and "finish_reason".
+
+        The finish reason is None until the last piece. The pieces together are what `generate` gives. A character that
+        takes several tokens comes out whole. Leaving the loop early aborts the request.
+        """
+        request = self.engine.make_request(prompt, sampling_params)  # errors come now, not at the first piece
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[dict[str, Any]]:
+        self.engine.enqueue(request)
+        num_chars = num_tokens = 0
+        try:
+            while not request.seq.is_finished:
+                self._step([request])
+                answer = request.output()
+                text, token_ids = answer["text"][num_chars:], answer["token_ids"][num_tokens:]
+                num_chars, num_tokens = len(answer["text"]), len(answer["token_ids"])
+                if token_ids:
+                    yield {"text": text, "token_ids": token_ids, "finish_reason": answer["finish_reason"]}
+        finally:
+            self._abort([request])
+
+    # -- By hand -------------------------------------------------------------------------------------------------------
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+        """Queue a request and return its id; `step` makes it go. Raises TypeError or ValueError if it is wrong."""
+        return self.engine.enqueue(self.engine.make_request(prompt, sampling_params))
+
+    def step(self) -> list[dict[str, Any]]:
+        """Make one step for all requests; returns the answers of those that finished."""
+        batch, finished = self.engine.step()
+        answers = self._undelivered + [request.output() for request in finished]
+        self._undelivered = []
+        return answers
+
+    def abort(self, request_id: int) -> dict[str, Any]:
+        """End a request now; returns its answer so far. KeyError if no unfinished request has this id."""
+        return self.engine.abort(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether another `step` would do something."""
+        return bool(self.engine.requests or self._undelivered)
+
+    def close(self) -> None:
+        """Give back the model's and the KV cache's memory. Calling it twice is fine; nothing else works afterwards."""
+        self._engine = None
+
+    # -- Shared by the above -------------------------------------------------------------------------------------------
+
+    def _enqueue(
+        self, prompts: list[str] | list[list[int]], sampling_params: SamplingParams | list[SamplingParams] | None
+    ) -> list[Request]:
+        """Check all requests, then queue them all: one that is wrong leaves nothing behind."""
+        if not isinstance(prompts, (list, tuple)):
+            raise TypeError(f"prompts must be a list of strings or of token id lists, not {type(prompts).__name__}")
+        if not prompts:
+            raise ValueError("prompts is empty; give at least one prompt")
+        if isinstance(prompts[0], int):
+            raise TypeError("prompts must be a list of prompts; put a single list of token ids into another list")
+        params = sampling_params if isinstance(sampling_params, (list, tuple)) else [sampling_params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts but {len(params)} sampling_params; give one for each")
+        requests = []
+        for i, (prompt, request_params) in enumerate(zip(prompts, params)):
+            try:
+                requests.append(self.engine.make_request(prompt, request_params))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"prompt {i}: {error}") from error
+        for request in requests:
+            self.engine.enqueue(request)
+        return requests
+
+    def _step(self, requests: list[Request]) -> tuple[Batch, list[Request]]:
+        """One step; of what finished, return what is among `requests` and keep the rest for who asks for it."""
+        batch, finished = self.engine.step()
+        own = [request for request in finished if request in requests]
+        self._undelivered += [request.output() for request in finished if request not in requests]
+        return batch, own
+
+    def _abort(self, requests: list[Request]) -> None:
+        for request in requests:
+            if not request.seq.is_finished:
+                self.engine.abort(request.seq.id)
+
+
+class Progress:
+    """The progress bar of `generate`. A rate counts the time of those steps that had such tokens to compute."""
+
+    def __init__(self, num_requests: int, disable: bool) -> None:
+        self.num_unfinished = num_requests
+        self.bar = tqdm(total=num_requests, desc="Generating", unit=" requests", disable=disable)
+        self.tokens = {"prefill": 0, "decode": 0}
+        self.seconds = {"prefill": 0.0, "decode": 0.0}
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def update(self, batch: Batch, num_finished: int, seconds: float) -> None:
+        """Count one step."""
+        self.num_unfinished -= num_finished
+        num_output_tokens = sum(s.samples for s in batch.scheduled)
+        num_prompt_tokens = batch.num_tokens - sum(s.num_new_tokens == 1 and s.samples for s in batch.scheduled)
+        for kind, num_tokens in (("prefill", num_prompt_tokens), ("decode", num_output_tokens)):
+            if num_tokens:
+                self.tokens[kind] += num_tokens
+                self.seconds[kind] += seconds
+        rates = {k: f"{n / self.seconds[k]:.0f} tokens/s" for k, n in self.tokens.items() if self.seconds[k]}
+        self.bar.set_postfix(rates, refresh=False)
+        self.bar.update(num_finished)

@@ -1,0 +1,687 @@
+"""LLM: what users hold. Every promise of its docstrings, and every way to use it wrongly."""
+
+import gc
+import inspect
+import json
+import logging
+import math
+import os
+import signal
+import threading
+import time
+import weakref
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine import llm_engine
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+
+class TestLLM:
+    """The two examples of the guide that this project started from, as they stand there."""
+
+    def test_basic_generation(self, model_path):
+        llm = LLM(model_path)
+        sampling_params = SamplingParams(temperature=0.0, max_tokens=10)
+
+        outputs = llm.generate(["Hello"], sampling_params)
+
+        assert len(outputs) == 1
+        assert "text" in outputs[0]
+        assert "token_ids" in outputs[0]
+        assert len(outputs[0]["token_ids"]) <= 10
+
+    def test_batch_generation(self, model_path):
+        llm = LLM(model_path)
+        sampling_params = SamplingParams(temperature=0.0, max_tokens=5)
+
+        prompts = ["A", "B", "C"]
+        outputs = llm.generate(prompts, sampling_params)
+
+        assert len(outputs) == 3
+        for output in outputs:
+            assert len(output["token_ids"]) <= 5
+
+
+@pytest.fixture(scope="module")
+def shared_llm(model_path):
+    return LLM(model_path, num_kv_blocks=64)
+
+
+@pytest.fixture
+def llm(shared_llm):
+    """An engine that each test must leave as it found it: nothing running, nothing waiting, every block free."""
+    yield shared_llm
+    assert_idle(shared_llm)
+
+
+def assert_idle(llm):
+    engine = llm.engine
+    assert not llm.has_unfinished_requests() and not engine.requests
+    assert not engine.scheduler.running and not engine.scheduler.waiting
+    assert len(engine.block_manager.free) == engine.block_manager.num_blocks
+    assert all(block.ref_count == 0 for block in engine.block_manager.blocks)
+    assert sorted(engine.scheduler.free_rows) == list(range(engine.config.max_num_seqs))
+
+
+def generate(llm, prompts, params=GREEDY):
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+# -- Answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_has_all_its_parts(llm):
+    (output,) = generate(llm, ["Hello"])
+    assert output.keys() == {"request_id", "text", "token_ids", "finish_reason", "num_cached_tokens", "logprobs"}
+    assert len(output["token_ids"]) == 8 and all(type(t) is int for t in output["token_ids"])
+    assert output["text"] == llm.engine.tokenizer.decode(output["token_ids"], skip_special_tokens=True)
+    assert output["finish_reason"] == "length" and output["logprobs"] is None
+
+
+def test_a_single_string_is_a_list_of_one(llm):
+    assert generate(llm, "Hello")[0]["token_ids"] == generate(llm, ["Hello"])[0]["token_ids"]
+
+
+def test_token_ids_may_be_given_and_numpy_integers_too(llm):
+    token_ids = llm.engine.tokenizer.encode("Hello there")
+    expected = generate(llm, ["Hello there"])[0]["token_ids"]
+    assert generate(llm, [token_ids])[0]["token_ids"] == expected
+    assert generate(llm, [list(np.array(token_ids))])[0]["token_ids"] == expected
+
+
+def test_outputs_come_in_the_order_of_the_prompts_with_their_own_params(llm):
+    prompts = ["one", "two", "three", "four"]
+    params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (7, 1, 5, 2)]
+    outputs = generate(llm, prompts, params)
+    assert [len(o["token_ids"]) for o in outputs] == [7, 1, 5, 2]
+    for prompt, output in zip(prompts, outputs):
+        alone = generate(llm, [prompt])[0]["token_ids"]
+        assert output["token_ids"] == alone[: len(output["token_ids"])]
+
+
+def test_default_sampling_params(llm):
+    (output,) = llm.generate(["Hello"], use_tqdm=False)
+    assert 1 <= len(output["token_ids"]) <= 64
+
+
+def test_num_cached_tokens_counts_the_hits_at_admission(model_path):
+    llm = LLM(model_path, num_kv_blocks=64, block_size=4)
+    prompt = list(range(10, 23))  # 13 tokens: three full blocks
+    assert generate(llm, [prompt])[0]["num_cached_tokens"] == 0
+    assert generate(llm, [prompt])[0]["num_cached_tokens"] == 12
+    assert generate(llm, [prompt[:12]])[0]["num_cached_tokens"] == 8  # one token at least is computed
+    assert generate(llm, [prompt[:6] + [99] * 7])[0]["num_cached_tokens"] == 4
+
+
+def test_prefix_caching_can_be_switched_off(model_path):
+    llm = LLM(model_path, num_kv_blocks=64, block_size=4, enable_prefix_caching=False)
+    prompt = list(range(10, 23))
+    assert [generate(llm, [prompt])[0]["num_cached_tokens"] for _ in range(2)] == [0, 0]
+
+
+def test_cache_salt_keeps_tenants_apart(model_path):
+    llm = LLM(model_path, num_kv_blocks=64, block_size=4)
+    prompt = list(range(10, 23))
+    hits = []
+    for salt in ("red", "blue", "red", None):
+        params = SamplingParams(temperature=0.0, max_tokens=2, cache_salt=salt)
+        hits.append(generate(llm, [prompt], params)[0]["num_cached_tokens"])
+    assert hits == [0, 0, 12, 0]
+
+
+# -- Where an answer ends ----------------------------------------------------------------------------------------------
+
+
+def test_eos_ends_an_answer_and_stays_in_token_ids_but_not_in_text(model_path):
+    llm = LLM(model_path, num_kv_blocks=64)
+    token_ids = generate(llm, ["Hello"])[0]["token_ids"]
+    eos = token_ids[3]  # an ordinary token, made an end-of-sequence token: its text must go as well
+    first = token_ids.index(eos)
+    llm.engine.eos_token_ids = frozenset({eos, 1})
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    (output,) = generate(llm, ["Hello"], params)
+    assert output["token_ids"] == token_ids[: first + 1] and output["finish_reason"] == "stop"
+    assert output["text"] == llm.engine.tokenizer.decode(token_ids[:first], skip_special_tokens=True)
+    assert generate(llm, ["Hello"])[0]["token_ids"] == token_ids, "ignore_eos goes on"
+
+
+def test_every_eos_id_of_generation_config_counts(model_path):
+    """Trap: only one EOS id honoured."""
+    eos = json.loads((model_path / "generation_config.json").read_text())["eos_token_id"]
+    assert isinstance(eos, list) and len(eos) > 1
+    assert LLM(model_path, num_kv_blocks=8).engine.eos_token_ids == set(eos)
+
+
+def test_stop_token_ids(llm):
+    token_ids = generate(llm, ["Hello"])[0]["token_ids"]
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, stop_token_ids=[token_ids[4]])
+    (output,) = generate(llm, ["Hello"], params)
+    assert output["token_ids"] == token_ids[: token_ids.index(token_ids[4]) + 1]
+    assert output["finish_reason"] == "stop"
+
+
+def test_a_stop_string_is_left_out_of_the_text(llm):
+    text = generate(llm, ["Hello"])[0]["text"]
+    stop = text[3:5]
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, stop=[stop, "never seen"])
+    (output,) = generate(llm, ["Hello"], params)
+    assert output["text"] == text[: text.index(stop)] and output["finish_reason"] == "stop"
+    assert len(output["token_ids"]) < 8
+
+
+def test_a_stop_string_completed_by_the_last_token_is_a_stop(llm):
+    text = generate(llm, ["Hello"])[0]["text"]
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, stop=text[-1])
+    if text.index(text[-1]) == len(text) - 1:
+        assert generate(llm, ["Hello"], params)[0]["finish_reason"] == "stop"
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, stop=text)
+    (output,) = generate(llm, ["Hello"], params)
+    assert output["finish_reason"] == "stop" and output["text"] == ""
+
+
+def test_max_tokens_none_goes_on_to_max_model_len(model_path):
+    llm = LLM(model_path, num_kv_blocks=64, max_model_len=50)
+    params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+    (output,) = generate(llm, [[5] * 20], params)
+    assert len(output["token_ids"]) == 30 and output["finish_reason"] == "length"
+    params = SamplingParams(temperature=0.0, max_tokens=1000, ignore_eos=True)
+    assert len(generate(llm, [[5] * 49], params)[0]["token_ids"]) == 1
+
+
+def test_max_model_len_is_no_more_than_the_cache_holds(model_path):
+    llm = LLM(model_path, num_kv_blocks=3, block_size=16)
+    assert llm.engine.config.max_model_len == 48
+    params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+    assert len(generate(llm, [[5] * 40], params)[0]["token_ids"]) == 8
+
+
+# -- Streams and conversations -----------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_the_answer_in_pieces(llm):
+    (expected,) = generate(llm, ["Hello"])
+    chunks = list(llm.stream("Hello", GREEDY))
+    assert "".join(c["text"] for c in chunks) == expected["text"]
+    assert sum((c["token_ids"] for c in chunks), []) == expected["token_ids"]
+    assert [c["finish_reason"] for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
+
+
+def test_a_stream_never_breaks_a_character(default_model_path):
+    llm = LLM(default_model_path, num_kv_blocks=64)
+    prompt = "Copy exactly: 你好，世界！👩‍🚀🚀 Copy: 你好，世界！👩‍🚀🚀 Copy: "
+    params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+    (expected,) = generate(llm, [prompt], params)
+    chunks = [c["text"] for c in llm.stream(prompt, params)]
+    assert "".join(chunks) == expected["text"] == llm.engine.tokenizer.decode(expected["token_ids"])
+    assert any(ord(c) > 0x2E80 for c in expected["text"]), "the model should answer in Chinese or emoji here"
+    assert not any("\ufffd" in chunk for chunk in chunks[:-1])
+
+
+def test_leaving_a_stream_early_aborts_it(llm):
+    for chunk in llm.stream("Hello", SamplingParams(max_tokens=None, ignore_eos=True)):
+        break
+    gc.collect()
+    assert_idle(llm)
+
+
+def test_a_wrong_stream_request_raises_at_once(llm):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        llm.stream([])
+
+
+def test_chat(default_model_path):
+    llm = LLM(default_model_path, num_kv_blocks=64)
+    conversation = [{"role": "user", "content": "What is the capital of France?"}]
+    params = SamplingParams(temperature=0.0, max_tokens=24)
+    answer = llm.chat(conversation, params, use_tqdm=False)
+    assert "Paris" in answer["text"] and answer["finish_reason"] == "stop"
+    assert "<|im_end|>" not in answer["text"]
+    answers = llm.chat([conversation, conversation], params, use_tqdm=False)
+    assert [a["token_ids"] for a in answers] == [answer["token_ids"]] * 2
+
+
+@pytest.mark.parametrize("messages", [[], "Hi", [{"role": "user"}], ["Hi"], [[{"content": "Hi"}]]])
+def test_a_broken_conversation(llm, messages):
+    with pytest.raises(ValueError, match="'role' and 'content'"):
+        llm.chat(messages, use_tqdm=False)
+
+
+# -- Sampling ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_seeded_request_is_the_same_alone_in_a_crowd_and_after_preemption(model_path):
+    params = SamplingParams(temperature=1.0, top_p=0.95, seed=7, max_tokens=24, ignore_eos=True)
+    others = [SamplingParams(max_tokens=24, top_k=k, ignore_eos=True) for k in range(9)]
+    roomy = LLM(model_path, num_kv_blocks=200, block_size=4)
+    (alone,) = generate(roomy, ["Hello"], params)
+    crowd = generate(roomy, ["Hello"] + ["Others write, too"] * 9, [params] + others)
+    assert crowd[0]["token_ids"] == alone["token_ids"]
+
+    tight = LLM(model_path, num_kv_blocks=20, block_size=4)
+    preempted = count_preemptions(tight)
+    crowd = generate(tight, ["Others write, too"] * 9 + ["Hello"], others + [params])
+    assert crowd[-1]["token_ids"] == alone["token_ids"]
+    assert crowd[-1]["request_id"] in preempted
+
+
+def count_preemptions(llm):
+    """The ids of preempted sequences, as they come."""
+    preempted, schedule = [], llm.engine.scheduler.schedule
+
+    def recording():
+        batch = schedule()
+        preempted.extend(seq.id for seq in batch.preempted)
+        return batch
+
+    llm.engine.scheduler.schedule = recording
+    return preempted
+
+
+def test_seeds_differ_and_no_seed_is_random(llm):
+    params = [SamplingParams(seed=s, max_tokens=16, ignore_eos=True) for s in (1, 2, None, None)]
+    answers = {tuple(o["token_ids"]) for o in generate(llm, ["Hello"] * 4, params)}
+    assert len(answers) == 4
+
+
+def test_logprobs_are_those_of_transformers(model_path):
+    from transformers import AutoModelForCausalLM
+
+    llm = LLM(model_path, num_kv_blocks=64)
+    reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    prompt = llm.engine.tokenizer.encode("Hello there")
+    params = [SamplingParams(temperature=t, seed=3, max_tokens=6, ignore_eos=True, logprobs=n) for t, n in
+              ((0.0, 3), (2.0, 2), (1.5, 0))]  # fmt: skip
+    for output, n in zip(generate(llm, [prompt] * 3, params), (3, 2, 0)):
+        token_ids = output["token_ids"]
+        assert len(output["logprobs"]) == len(token_ids)
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        for i, (token_id, logprobs) in enumerate(zip(token_ids, output["logprobs"])):
+            assert logprobs.keys() == {*expected[i].topk(n).indices.tolist(), token_id}
+            for t, logprob in logprobs.items():
+                assert logprob == pytest.approx(expected[i, t].item(), abs=1e-4)
+
+
+# -- By hand -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_by_hand(llm):
+    expected = generate(llm, ["Hello", "there"], [GREEDY, SamplingParams(temperature=0.0, max_tokens=3)])
+    first = llm.add_request("Hello", GREEDY)
+    second = llm.add_request("there", SamplingParams(temperature=0.0, max_tokens=3))
+    finished, num_steps = [], 0
+    while llm.has_unfinished_requests():
+        finished += llm.step()
+        num_steps += 1
+    assert num_steps == 8
+    assert [o["request_id"] for o in finished] == [second, first]
+    assert [o["token_ids"] for o in finished] == [o["token_ids"] for o in expected[::-1]]
+    assert llm.step() == []
+
+
+def test_abort(llm):
+    running, waiting = llm.add_request("Hello", GREEDY), None
+    llm.step(), llm.step()
+    waiting = llm.add_request("there", GREEDY)
+    aborted = llm.abort(running)
+    assert aborted["finish_reason"] == "abort" and len(aborted["token_ids"]) == 2
+    assert llm.abort(waiting)["token_ids"] == []
+    for unknown in (running, 10**9):
+        with pytest.raises(KeyError, match=str(unknown)):
+            llm.abort(unknown)
+
+
+def test_generate_leaves_requests_added_by_hand_to_those_who_added_them(llm):
+    by_hand = llm.add_request("Hello", SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
+    longer = llm.add_request("there", GREEDY)
+    generate(llm, ["you"], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
+    assert llm.has_unfinished_requests()
+    (output,) = llm.step()
+    assert output["request_id"] == by_hand and len(output["token_ids"]) == 2
+    while llm.has_unfinished_requests():
+        (output,) = llm.step() or [output]
+    assert output["request_id"] == longer
+
+
+# -- Bad input: refused before any work, by name, and nobody else is harmed ----------------------------------------------
+
+BAD_REQUESTS = {
+    "empty prompt": ([""], None, ValueError, "prompt 0: the prompt is empty"),
+    "no token": ([[5], []], None, ValueError, "prompt 1: the prompt is empty"),
+    "empty list": ([], None, ValueError, "prompts is empty"),
+    "not a list": (5, None, TypeError, "prompts must be a list of strings or of token id lists, not int"),
+    "not a prompt": (["Hello", 5.0], None, TypeError, "prompt 1: a prompt must be a string or a list of token ids"),
+    "one list of ids": ([5, 6], None, TypeError, "put a single list of token ids into another list"),
+    "id too large": ([[5, 10**6]], None, ValueError, r"prompt 0: prompt\[1\] must be at most \d+, not 1000000"),
+    "negative id": ([[-1]], None, ValueError, r"prompt 0: prompt\[0\] must be at least 0, not -1"),
+    "float id": ([[5.5]], None, TypeError, r"prompt 0: prompt\[0\] must be an integer"),
+    "too long": (
+        ["ok", [5] * 2000],
+        None,
+        ValueError,
+        r"prompt 1: the prompt has 2000 tokens, but max_model_len is \d+",
+    ),
+    "stop id": (["ok"], SamplingParams(stop_token_ids=[10**6]), ValueError, "prompt 0: stop_token_ids must be at most"),
+    "params type": (["ok"], {"temperature": 0.0}, TypeError, "sampling_params must be a SamplingParams, not dict"),
+    "too few params": (["a", "b", "c"], [GREEDY], ValueError, "there are 3 prompts but 1 sampling_params"),
+    "too many params": (["a"], [GREEDY, GREEDY], ValueError, "there are 1 prompts but 2 sampling_params"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_bad_request(llm, case):
+    prompts, params, error, message = BAD_REQUESTS[case]
+    before = generate(llm, ["Hello"])[0]["token_ids"]
+    earlier = llm.add_request("Hello", GREEDY)
+    llm.step()
+    with pytest.raises(error, match=message):
+        llm.generate(prompts, params, use_tqdm=False)
+    assert list(llm.engine.requests) == [earlier], "nothing is queued"
+    (output,) = [o for _ in range(7) for o in llm.step()]
+    assert output["token_ids"] == before, "earlier requests go on"
+    assert generate(llm, ["Hello"])[0]["token_ids"] == before, "the next good request answers as before"
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"max_num_seq": 4}, TypeError, "unknown setting 'max_num_seq'; did you mean 'max_num_seqs'"),
+        ({"blocksize": 4}, TypeError, "unknown setting 'blocksize'; did you mean 'block_size'"),
+        ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be at least 1, not 0"),
+        ({"max_num_seqs": True}, TypeError, "max_num_seqs must be an integer, not True"),
+        ({"max_num_batched_tokens": 2.5}, TypeError, "max_num_batched_tokens must be an integer"),
+        ({"block_size": -16}, ValueError, "block_size must be at least 1, not -16"),
+        ({"max_model_len": 1}, ValueError, "max_model_len must be at least 2"),
+        ({"max_model_len": 10**9}, ValueError, "max_model_len is 1000000000, but the model's positions end at"),
+        (
+            {"max_model_len": 100, "num_kv_blocks": 2},
+            ValueError,
+            "2 blocks of 16 tokens, but one sequence of 100 tokens",
+        ),
+        ({"num_kv_blocks": 10**12}, ValueError, r"needs [\d.]+ GB .* has [\d.]+ GB free; lower num_kv_blocks"),
+        ({"kv_cache_memory": 10}, ValueError, "0 blocks .* raise kv_cache_memory"),
+        ({"gpu_memory_utilization": math.nan}, ValueError, "gpu_memory_utilization must be above 0"),
+        ({"gpu_memory_utilization": 1.5}, ValueError, "gpu_memory_utilization must be above 0 and at most 1, not 1.5"),
+        ({"dtype": "float8"}, ValueError, "dtype must be one of .*'bfloat16'"),
+        ({"dtype": torch.float32}, TypeError, "dtype must be one of"),
+        ({"load_format": "pt"}, ValueError, "load_format must be one of 'auto', 'dummy'"),
+        ({"attention_backend": "tritonn"}, ValueError, "attention_backend must be one of"),
+        ({"device": "gpu"}, ValueError, "device 'gpu' is not"),
+        ({"device": "meta"}, ValueError, "device 'meta' is not supported"),
+        ({"enforce_eager": "no"}, TypeError, "enforce_eager must be True or False"),
+        ({"enable_prefix_caching": 1}, TypeError, "enable_prefix_caching must be True or False"),
+        ({"scheduler": "fifo"}, TypeError, "scheduler must be a class"),
+        ({"tensor_parallel_size": 2}, ValueError, "tensor parallelism is not built yet"),
+    ],
+)
+def test_bad_setting(model_path, settings, error, message):
+    with pytest.raises(error, match=message):
+        LLM(model_path, **settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(model_path):
+    with pytest.raises(ValueError, match="torch finds no CUDA GPU here; use device='cpu'"):
+        LLM(model_path, device="cuda")
+
+
+def test_enforce_eager_and_other_good_settings(model_path):
+    llm = LLM(str(model_path), enforce_eager=True, dtype="bfloat16", kv_cache_memory=2**20, max_num_seqs=np.int64(3))
+    assert llm.engine.model_runner.kv_cache.dtype == torch.bfloat16
+    assert llm.engine.num_steps == 0
+    assert len(generate(llm, ["a", "b", "c", "d", "e"])) == 5
+
+
+def test_a_folder_without_config(tmp_path):
+    with pytest.raises(RuntimeError, match="holds no config.json"):
+        LLM(tmp_path)
+
+
+def test_a_broken_config(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["Llam')
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+        LLM(tmp_path)
+
+
+@pytest.mark.parametrize("model_type, architecture", [("gpt2", "GPT2LMHeadModel"), ("no_such_type", "NoSuchModel")])
+def test_an_unsupported_architecture_is_named(tmp_path, model_type, architecture):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": model_type}))
+    with pytest.raises(ValueError, match=architecture):
+        LLM(tmp_path)
+
+
+def test_no_tokenizer(model_path, tmp_path):
+    """A folder with weights alone serves token ids."""
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        os.symlink(model_path / name, tmp_path / name)
+    llm = LLM(tmp_path, num_kv_blocks=8)
+    (output,) = generate(llm, [[5, 6, 7]])
+    assert len(output["token_ids"]) == 8 and output["text"] == ""
+    with pytest.raises(ValueError, match="no tokenizer; give the prompt as token ids"):
+        llm.generate(["Hello"], use_tqdm=False)
+
+
+# -- Accidents ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_cell_run_again_starts_clean(llm):
+    """Trap: interrupt a cell and run it again (old requests must not linger)."""
+    expected = generate(llm, ["Hello"])
+    earlier = llm.add_request("there", GREEDY)
+    params = SamplingParams(max_tokens=None, ignore_eos=True)
+    timer = threading.Timer(0.1, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            generate(llm, ["Hello"] * 3, params)
+    timer.join()
+    assert set(llm.engine.requests) <= {earlier}, "its own requests are gone"
+    while llm.has_unfinished_requests():
+        llm.step()
+    assert generate(llm, ["Hello"])[0]["token_ids"] == expected[0]["token_ids"]
+
+
+def test_an_interrupt_waits_for_the_end_of_the_step(llm, monkeypatch):
+    launch = llm.engine.model_runner.launch
+
+    def interrupted(batch):
+        signal.raise_signal(signal.SIGINT)
+        return launch(batch)
+
+    llm.add_request("Hello", GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.model_runner, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+    (request,) = llm.engine.requests.values()
+    assert len(request.seq.output_token_ids) == 1, "the step was made"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    llm.abort(request.seq.id)
+
+
+def test_a_step_that_fails_raises_and_can_be_made_again(llm, monkeypatch):
+    """Trap: blocks that stay in the cache although the step that should have computed them failed."""
+    prompt = list(range(20, 70))
+    expected = generate(llm, [prompt])[0]["token_ids"]
+    other = list(range(70, 120))
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.model_runner.model, "forward", fail)
+        with pytest.raises(ZeroDivisionError):
+            generate(llm, [other])
+    assert_idle(llm)
+    request_id = llm.add_request(other, GREEDY)
+    llm.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.model_runner.model, "forward", fail)
+        with pytest.raises(ZeroDivisionError):
+            llm.step()
+    outputs = []
+    while llm.has_unfinished_requests():
+        outputs += llm.step()
+    assert outputs[0]["request_id"] == request_id and outputs[0]["num_cached_tokens"] == 0
+    fresh = LLM(llm.engine.config.model, num_kv_blocks=64)
+    assert outputs[0]["token_ids"] == generate(fresh, [other])[0]["token_ids"]
+    assert generate(llm, [prompt])[0]["token_ids"] == expected
+
+
+def fail(*args):
+    raise ZeroDivisionError
+
+
+def test_nan_ends_the_request_it_comes_from_and_no_other(llm, monkeypatch):
+    expected = generate(llm, ["there"])[0]["token_ids"]
+    compute_logits = llm.engine.model_runner.model.compute_logits
+
+    def poisoned(hidden_states):
+        logits = compute_logits(hidden_states)
+        logits[0] = math.nan
+        return logits
+
+    monkeypatch.setattr(llm.engine.model_runner.model, "compute_logits", poisoned)
+    bad, good = llm.add_request("Hello", GREEDY), llm.add_request("there", GREEDY)
+    (output,) = llm.step()
+    assert output["request_id"] == bad and output["finish_reason"] == "abort" and output["token_ids"] == []
+    monkeypatch.undo()
+    while llm.has_unfinished_requests():
+        (output,) = llm.step() or [output]
+    assert output["request_id"] == good and output["token_ids"] == expected
+
+
+def test_a_scheduler_that_schedules_nothing_is_an_error_not_a_hang(model_path):
+    from nanovllm.engine.scheduler import Batch, Scheduler
+
+    class Lazy(Scheduler):
+        def schedule(self):
+            return Batch()
+
+    with pytest.raises(RuntimeError, match="Lazy scheduled nothing, although requests wait"):
+        LLM(model_path, num_kv_blocks=8, scheduler=Lazy).generate(["Hello"], use_tqdm=False)
+
+
+# -- Memory and other engines ------------------------------------------------------------------------------------------
+
+
+def test_two_engines_in_one_process(model_path, tiny_llama_path):
+    """Trap: a second engine in one process fails."""
+    one, two = LLM(model_path, num_kv_blocks=16), LLM(tiny_llama_path, num_kv_blocks=16, block_size=8)
+    alone = [generate(one, ["Hello"])[0]["token_ids"], generate(two, ["Hello"])[0]["token_ids"]]
+    one.add_request("Hello", GREEDY), two.add_request("Hello", GREEDY)
+    outputs = [[], []]
+    while one.has_unfinished_requests() or two.has_unfinished_requests():
+        outputs[0] += one.step()
+        outputs[1] += two.step()
+    assert [o[0]["token_ids"] for o in outputs] == alone
+
+
+@pytest.mark.parametrize("how", ["close", "del"])
+def test_memory_is_given_back(default_model_path, how):
+    """Trap: `del llm` frees nothing."""
+    LLM(default_model_path, num_kv_blocks=8).generate("Hello", GREEDY, use_tqdm=False)  # what is loaded once
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    llm = LLM(default_model_path, num_kv_blocks=8)
+    generate(llm, ["Hello"])
+    model = weakref.ref(llm.engine.model_runner.model)
+    assert psutil.Process().memory_info().rss - before > 300e6
+    if how == "close":
+        llm.close()
+        llm.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            generate(llm, ["Hello"])
+    del llm
+    assert model() is None, "gone at once, without waiting for the garbage collector"
+    assert psutil.Process().memory_info().rss - before < 100e6
+
+
+@pytest.mark.parametrize("fault", ["memory", "weights", "architecture"])
+def test_a_failed_constructor_leaves_torch_as_it_was(model_path, tmp_path, fault):
+    """Trap: a failed constructor that leaves torch's default dtype or device changed."""
+    before = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), torch.is_grad_enabled()
+    if fault == "memory":
+        with pytest.raises(ValueError):
+            LLM(model_path, num_kv_blocks=10**12, dtype="bfloat16")
+    else:
+        config = json.loads((model_path / "config.json").read_text())
+        config["architectures"] = config["architectures"] if fault == "weights" else ["Unknown"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError):
+            LLM(tmp_path, dtype="bfloat16")
+    after = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), torch.is_grad_enabled()
+    assert after == before
+
+
+# -- What is shown ------------------------------------------------------------------------------------------------------
+
+
+def test_the_progress_bar_tells_both_speeds(llm, capsys):
+    llm.generate(["Hello"] * 3, GREEDY)
+    shown = capsys.readouterr().err
+    assert "Generating: 100%" in shown and "3/3" in shown
+    assert "prefill=" in shown and "decode=" in shown and "tokens/s" in shown
+    llm.generate(["Hello"], GREEDY, use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_debug_logging_tells_each_step_in_one_line(llm, caplog):
+    with caplog.at_level(logging.DEBUG, logger="nanovllm"):
+        generate(llm, ["Hello"] * 2)
+    lines = [r.getMessage() for r in caplog.records if r.name == llm_engine.__name__]
+    assert len(lines) == 8 and all("\n" not in line for line in lines)
+    assert "2 sequences, 2 admitted, 0 preempted, 2 running, 0 waiting" in lines[0]
+
+
+def test_public_api_has_types_and_docstrings():
+    for name in ("generate", "chat", "stream", "add_request", "step", "abort", "close"):
+        method = getattr(LLM, name)
+        assert inspect.getdoc(method), name
+        signature = inspect.signature(method)
+        assert all(p.annotation is not p.empty for p in list(signature.parameters.values())[1:]), name
+        assert signature.return_annotation is not signature.empty, name
+
+
+class TestGuideSnippets:
+    """The profiling and debugging snippets of the guide, once their free names are given."""
+
+    def test_model_loading_issues(self, model_path):
+        from nanovllm.utils.loader import load_model
+
+        assert callable(load_model)
+        assert os.path.exists(model_path) and os.listdir(model_path)
+
+    def test_performance_issues(self, model_path):
+        llm, prompts, sampling_params = LLM(model_path), ["a", "b"], GREEDY
+        start_time = time.time()
+        outputs = llm.generate(prompts, sampling_params)
+        end_time = time.time()
+        total_tokens = sum(len(output["token_ids"]) for output in outputs)
+        assert total_tokens / (end_time - start_time) > 0
+
+    def test_debug_mode(self, model_path):
+        level = logging.root.level
+        try:
+            logging.basicConfig(level=logging.DEBUG)
+            llm = LLM(model_path, enforce_eager=True)
+            assert llm.generate(["Test"], SamplingParams(max_tokens=3))[0]["token_ids"]
+        finally:
+            logging.root.setLevel(level)
+
+    def test_timing_profiling(self, model_path):
+        llm = LLM(model_path)
+        llm.generate(["Warm up"], SamplingParams(max_tokens=10))
+        start_time = time.perf_counter()
+        llm.generate(["Test"], SamplingParams(max_tokens=100))
+        assert time.perf_counter() > start_time
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_memory_profiling(self, model_path):
+        llm = LLM(model_path)
+        torch.cuda.reset_peak_memory_stats()
+        llm.generate(["Test prompt"], SamplingParams(max_tokens=100))
+        assert torch.cuda.max_memory_allocated() > 0

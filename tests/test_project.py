@@ -1,0 +1,108 @@
+"""The project's own files: what they promise each other."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def pyproject() -> dict:
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_environment_yml_agrees_with_pyproject():
+    project = pyproject()["project"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda, (pip,) = environment["dependencies"][:-1], environment["dependencies"][-1].values()
+
+    assert pip[-1] == "-e ."
+    assert sorted(pip[:-1]) == sorted(project["dependencies"] + project["optional-dependencies"]["dev"])
+    assert [name for name in conda if name.startswith("python")][0].startswith("python" + project["requires-python"])
+
+
+def test_every_import_of_the_package_is_declared():
+    """Nothing that merely happens to be installed is used."""
+    modules = {"huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
+    declared = {re.split(r"[^\w-]", d)[0].replace("_", "-") for d in pyproject()["project"]["dependencies"]}
+    local = {"nanovllm"}
+    used = set()
+    for path in (ROOT / "nanovllm").rglob("*.py"):
+        used |= set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+    third_party = used - set(sys.stdlib_module_names) - local
+    # these come with jupyterlab and ipywidgets, and are their public interface
+    third_party -= {"IPython", "nbclient", "nbformat", "jupyter_server", "traitlets"}
+    missing = {name for name in third_party if modules.get(name, name).replace("_", "-") not in declared}
+    assert not missing
+
+
+def test_pre_commit_hooks_run_the_installed_tools():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = {hook["id"]: hook for repo in config["repos"] for hook in repo["hooks"]}
+    assert set(hooks) == {"black", "isort", "mypy"}
+    assert all(hook["language"] == "system" for hook in hooks.values())
+
+
+def test_importing_nanovllm_is_light():
+    """The public names load torch and transformers only when they are used."""
+    code = "import sys, nanovllm; assert 'torch' not in sys.modules; assert sorted(nanovllm.__all__) == ['LLM', 'SamplingParams']"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("module", ["nanovllm", "nanovllm.engine", "nanovllm.layers", "nanovllm.utils"])
+def test_every_package_folder_says_what_it_is(module):
+    assert (__import__(module, fromlist=["_"]).__doc__ or "").strip()
+
+
+def test_unknown_public_name():
+    import nanovllm
+
+    with pytest.raises(AttributeError, match="LLLM"):
+        nanovllm.LLLM
+
+
+def nanovllm_command(*args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "nanovllm", *args],
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_command_env():
+    out = nanovllm_command("env").stdout
+    assert re.search(r"^torch \d", out, re.MULTILINE) and "CPU:" in out and "GPU" in out
+
+
+def test_command_generate_streams_and_reports(model_path):
+    run = nanovllm_command("generate", "Hello", "--model", str(model_path), "--max-tokens", "4", "--seed", "1")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Hello")
+    assert re.search(r"\[4 tokens, the first after [\d.]+ s, then [\d.]+ tokens/s; length\]", run.stderr)
+
+
+def test_command_generate_with_a_wrong_setting(model_path):
+    run = nanovllm_command("generate", "Hello", "--model", str(model_path), "--max-tokens", "0")
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].startswith("nanovllm: max_tokens must be at least 1, not 0")
+    assert "Traceback" not in run.stderr
+
+
+def test_command_generate_with_a_missing_model():
+    run = nanovllm_command("generate", "Hello", "--model", "/no/such/folder", HF_HUB_OFFLINE="1")
+    assert run.returncode == 1
+    assert "'/no/such/folder' is neither a folder" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_command_chat_ends_at_end_of_input(model_path):
+    run = nanovllm_command("chat", "--model", str(model_path))
+    assert run.returncode == 0, run.stderr
+    assert "ends the conversation" in run.stdout
