@@ -18,12 +18,14 @@ class Detokenizer:
     """The text of one request.
 
     Text comes out in pieces, from `append` and at the end from `finish`; `text` is all of them joined. It equals
-    `tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)` of all token ids, up to the
-    first stop string. Whether one was found is told by `stopped`. If several are found, the one that is complete first
-    counts, so that the text does not depend on how it was cut into tokens.
+    `tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)` of all token ids, up to
+    the first stop string. Whether one was found is told by `stopped`. If several are found, the one that is complete
+    first counts, so that the text does not depend on how it was cut into tokens.
 
-    The time per token does not grow with the text: only the last few tokens are decoded (the idea is that of Hugging Face's
-    text-generation-inference and of vLLM).
+    Special tokens give no text. A token from `stop_token_ids` may be an ordinary one: do not append it.
+
+    The time per token does not grow with the text, since only the last few tokens are decoded (the idea is that of
+    Hugging Face's text-generation-inference and of vLLM).
     """
 
     __slots__ = ("text", "stopped", "_tokenizer", "_stop", "_special", "_window", "_num_shown", "_held")

@@ -189,12 +189,12 @@ class LLMEngine:
             return
         if seq.finish_reason != "stop":  # the token that ends an answer is not part of its text
             detokenizer.append(seq.token_ids[-1:])
+        if seq.is_finished:
+            detokenizer.finish()
         if detokenizer.stopped:
             if not seq.is_finished:
                 self.scheduler.finish(seq, "stop")
             seq.finish_reason = "stop"
-        elif seq.is_finished:
-            detokenizer.finish()
 
     def _log(self, batch: Batch, seconds: float) -> None:
         self.num_steps += 1

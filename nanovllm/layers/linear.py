@@ -24,7 +24,7 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
-        self.weight: torch.Tensor | None = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight: torch.Tensor = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.packed: torch.Tensor | None = None  # takes the weight's place on a CPU
 
@@ -40,7 +40,7 @@ class Linear(nn.Module):
         """Pack the weight for this CPU and let the original go; nothing where this CPU or PyTorch cannot."""
         self.packed = pack(self.weight)
         if self.packed is not None:
-            self.weight = None
+            del self.weight
 
 
 class MergedLinear(Linear):

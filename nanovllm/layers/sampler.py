@@ -124,7 +124,7 @@ def _least_of_top_k_and_top_p(weights: torch.Tensor, batch: SamplingBatch) -> to
         up_to = (ranked * in_top_k).cumsum(dim=-1)  # the weight of a token and all heavier ones
         # Top-p is a fraction of what top-k has left: of all, where it is off.
         mass = torch.where(uses_top_k, up_to[:, -1:], weights.sum(dim=-1, keepdim=True))  # [n, 1]
-        enough = torch.where(uses_top_p, (batch.top_p.double() * mass).ceil().long(), mass)
+        enough = (batch.top_p.double() * mass).ceil().long()
         # A token belongs to the nucleus if those before it are not enough: this includes the one that crosses p.
         num_kept = (in_top_k & (up_to - ranked < enough)).sum(dim=-1, keepdim=True).clamp(min=1)
         # All that was ranked lies in the nucleus? Then it may go on, so rank everything. (On a GPU, a synchronisation.)

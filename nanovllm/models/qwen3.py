@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import Qwen3Config
+from transformers import PretrainedConfig
 
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import Attention
@@ -13,7 +13,7 @@ from nanovllm.layers.rotary_embedding import RotaryEmbedding, rotate
 
 
 class Qwen3Attention(nn.Module):
-    def __init__(self, config: Qwen3Config) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
@@ -35,7 +35,7 @@ class Qwen3Attention(nn.Module):
 
 
 class Qwen3MLP(nn.Module):
-    def __init__(self, config: Qwen3Config) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         size = config.intermediate_size
         self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": size, "up_proj": size})
@@ -46,7 +46,7 @@ class Qwen3MLP(nn.Module):
 
 
 class Qwen3DecoderLayer(nn.Module):
-    def __init__(self, config: Qwen3Config) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Qwen3Attention(config)
@@ -59,7 +59,7 @@ class Qwen3DecoderLayer(nn.Module):
 
 
 class Qwen3Model(nn.Module):
-    def __init__(self, config: Qwen3Config) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config) for _ in range(config.num_hidden_layers))
@@ -77,7 +77,7 @@ class Qwen3Model(nn.Module):
 class Qwen3ForCausalLM(nn.Module):
     """Tokens to hidden states, and hidden states to logits: not every token's are wanted, and the head is large."""
 
-    def __init__(self, config: Qwen3Config) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.model = Qwen3Model(config)
         self.lm_head = LMHead(self.model.embed_tokens, tied=config.tie_word_embeddings)

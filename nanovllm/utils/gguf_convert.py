@@ -1,8 +1,8 @@
 """From a GGUF file to an ordinary Hugging Face folder.
 
-GGUF, llama.cpp's format, holds in one file what Hugging Face spreads over a folder: the weights, quantised to a few bits
-each; the model's dimensions; the tokenizer. This module unpacks a Llama-architecture file with a byte-level BPE tokenizer,
-so that the engine, and transformers beside it, can load the result like any other checkpoint.
+GGUF, llama.cpp's format, holds in one file what Hugging Face spreads over a folder: the weights, quantised to a few
+bits each; the model's dimensions; the tokenizer. This module unpacks a Llama-architecture file with a byte-level BPE
+tokenizer, so that the engine, and transformers beside it, can load the result like any other checkpoint.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -65,8 +65,9 @@ def hf_name(gguf_name: str) -> str:
 def to_float32(tensor: Any, metadata: dict[str, Any]) -> np.ndarray:
     """A tensor as the model multiplies with it.
 
-    A Q4_1 weight is `scale * q + minimum`: q has 4 bits, scale and minimum are float16, shared by 32 weights. The result
-    seldom fits in the 8 significant bits of bfloat16 or the 11 of float16, so only float32 is the same model.
+    A Q4_1 weight is `scale * q + minimum`: q has 4 bits; scale and minimum are float16 and shared by 32 weights. The
+    result often has more significant bits than 16-bit formats hold (of the default model's weights, float16 would round
+    42 % and bfloat16 79 %), so only float32 is the same model.
     """
     weight = dequantize(tensor.data, tensor.tensor_type)
     if ".attn_q." in tensor.name:
@@ -79,8 +80,9 @@ def to_float32(tensor: Any, metadata: dict[str, Any]) -> np.ndarray:
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
     """Undo llama.cpp's reordering of the rows of a query or key projection.
 
-    RoPE turns pairs of a head's channels. llama.cpp pairs neighbours (0, 1), (2, 3), ...; Hugging Face pairs channel i with
-    channel i + head_dim / 2. llama.cpp therefore interleaves the two halves of each head; here they are taken apart again.
+    RoPE turns pairs of a head's channels. llama.cpp pairs neighbours (0, 1), (2, 3), ...; Hugging Face pairs channel i
+    with channel i + head_dim / 2. llama.cpp therefore interleaves the two halves of each head; here they are taken
+    apart again.
     """
     pairs = weight.reshape(num_heads, -1, 2, weight.shape[-1])  # [num_heads, head_dim / 2, 2, hidden_size]
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)

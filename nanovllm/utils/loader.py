@@ -18,10 +18,8 @@ from nanovllm.utils.checkpoint import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DUMMY_STD = 0.02
-
-# Constants that old versions of transformers saved along with the weights.
-HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+HARMLESS = ("rotary_emb.inv_freq",)  # a constant that old versions of transformers saved along with the weights
+DUMMY_SIZE = 0.03
 
 
 def build_model(
@@ -64,40 +62,35 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def init_dummy(model: nn.Module) -> None:
-    """Random matrices, the same every time, of a size that keeps the logits finite. For benchmarks."""
+    """Random matrices, the same ones every time, small enough for finite logits. For benchmarks, and where only counts
+    matter."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for parameter in model.parameters():
-        if parameter.dim() > 1:  # the others, norms and biases, are made as ones and zeros
-            generator = torch.Generator(parameter.device).manual_seed(parameter.numel())
-            parameter.uniform_(-DUMMY_STD * 3**0.5, DUMMY_STD * 3**0.5, generator=generator)
+        if parameter.dim() > 1:  # norms and biases are ones and zeros already
+            parameter.uniform_(-DUMMY_SIZE, DUMMY_SIZE, generator=generator)
 
 
 @torch.no_grad()
 def load_model(model: nn.Module, path: Path) -> None:
     """Fill the model's parameters from the safetensors files in the folder `path`.
 
-    Every parameter must be there, with its own shape, and nothing else may be: a model with a forgotten weight still
-    talks, but nonsense. ValueError says all that is wrong.
+    Every parameter must be there in its own shape, and nothing else: a model that lacks a weight still talks, but
+    nonsense. Raises ValueError with all that is wrong, before anything is read.
     """
     destinations = dict(checkpoint_tensors(model))
-    missing = dict(destinations)
-    problems: list[str] = []
-    for file in weight_files(path):
-        for name in tensor_names(file):
-            destination = destinations.get(name)
-            if destination is None:
-                if not name.endswith(HARMLESS):
-                    problems.append(f"{name} is in {file.name} but not in the model")
-                continue
-            tensor = read_tensor(file, name)
-            if tensor.shape != destination.shape:
-                problems.append(f"{name} has the shape {list(tensor.shape)} instead of {list(destination.shape)}")
-            else:
-                destination.copy_(tensor)
-            missing.pop(name, None)
+    found = {name: (file, shape) for file in weight_files(path) for name, shape in tensor_shapes(file)}
+    check_complete(destinations, {name: shape for name, (_, shape) in found.items()}, path)
+    for name, destination in destinations.items():
+        if name in found:  # else it is tied to one that is
+            file, _ = found[name]
+            # A file is mapped into memory, and what has been read of it counts as ours until it is closed. To open it
+            # anew for each tensor costs a millisecond, and saves as much memory as the model takes.
+            with safe_open(file, framework="pt") as tensors:
+                destination.copy_(tensors.get_tensor(name))
 
 
 def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The names that a checkpoint has for the model's parameters, and where each goes: if merged, to a slice of rows."""
+    """Each tensor that the model needs: its name in a checkpoint, and where it goes. If merged, to some rows."""
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, MergedLinear):
@@ -106,3 +99,45 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                     yield f"{parent}.{part}.{name}", rows
             else:
                 yield f"{path}.{name}", parameter
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or as many as its index names."""
+    shards = set(read_json(path / INDEX).get("weight_map", {}).values())
+    files = [path / name for name in sorted(shards) or [SINGLE]]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise ValueError(
+            f"{path} lacks {', '.join(absent)}. Weights are read from safetensors files only; a pickle (*.bin, *.pt) is "
+            "never loaded, because it can run any code."
+        )
+    return files
+
+
+def tensor_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
+    """Name and shape of each tensor in a file, from its header alone."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_slice(name).get_shape()
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or not complete ({error}); download it again") from error
+
+
+def check_complete(destinations: dict[str, torch.Tensor], found: dict[str, list[int]], path: Path) -> None:
+    """Raise ValueError unless the tensors that were found are the ones that the model needs."""
+    filled = {destinations[name].data_ptr() for name in found.keys() & destinations.keys()}
+    missing = [name for name, tensor in destinations.items() if tensor.data_ptr() not in filled]
+    left_over = [name for name in found if name not in destinations and not name.endswith(HARMLESS)]
+    misshapen = [
+        f"{name} is {shape} instead of {list(destinations[name].shape)}"
+        for name, shape in found.items()
+        if name in destinations and shape != list(destinations[name].shape)
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for kind, names in (("missing", missing), ("left over", left_over), ("of the wrong shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"the weights in {path} do not fit the model of its config.json; {'; '.join(problems)}")

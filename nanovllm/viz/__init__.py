@@ -1,0 +1,1 @@
+"""Pictures of a running engine: as characters, as a figure, and live."""
