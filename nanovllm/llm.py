@@ -69,10 +69,12 @@ class LLM:
         """
         requests = self._enqueue([prompts] if isinstance(prompts, str) else prompts, sampling_params)
         try:
+            pending = set(requests)
             with Progress(len(requests), disable=not use_tqdm) as progress:
-                while progress.num_unfinished:
+                while pending:
                     start = perf_counter()
-                    batch, finished = self._step(requests)
+                    batch, finished = self._step(pending)
+                    pending -= finished
                     progress.update(batch, len(finished), perf_counter() - start)
         finally:
             self._abort(requests)  # those left if the cell was interrupted or a step failed
@@ -123,7 +125,7 @@ class LLM:
         num_chars = num_tokens = 0
         try:
             while not request.seq.is_finished:
-                self._step([request])
+                self._step({request})
                 answer = request.output()
                 text, token_ids = answer["text"][num_chars:], answer["token_ids"][num_tokens:]
                 num_chars, num_tokens = len(answer["text"]), len(answer["token_ids"])
@@ -175,19 +177,18 @@ class LLM:
         requests = []
         for i, (prompt, request_params) in enumerate(zip(prompts, params)):
             try:
-                requests.append(self.engine.make_request(prompt, request_params))
+                requests.append(self.engine.make_request(prompt, request_params))  # type: ignore[arg-type]
             except (TypeError, ValueError) as error:
                 raise type(error)(f"prompt {i}: {error}") from error
         for request in requests:
             self.engine.enqueue(request)
         return requests
 
-    def _step(self, requests: list[Request]) -> tuple[Batch, list[Request]]:
-        """One step; of what finished, return what is among `requests` and keep the rest for who asks for it."""
+    def _step(self, own: set[Request]) -> tuple[Batch, set[Request]]:
+        """One step; returns which of our `own` requests it finished, and keeps the answers to others for `step`."""
         batch, finished = self.engine.step()
-        own = [request for request in finished if request in requests]
-        self._undelivered += [request.output() for request in finished if request not in requests]
-        return batch, own
+        self._undelivered += [request.output() for request in finished if request not in own]
+        return batch, own.intersection(finished)
 
     def _abort(self, requests: list[Request]) -> None:
         for request in requests:
@@ -199,7 +200,6 @@ class Progress:
     """The progress bar of `generate`. A rate counts the time of those steps that had such tokens to compute."""
 
     def __init__(self, num_requests: int, disable: bool) -> None:
-        self.num_unfinished = num_requests
         self.bar = tqdm(total=num_requests, desc="Generating", unit=" requests", disable=disable)
         self.tokens = {"prefill": 0, "decode": 0}
         self.seconds = {"prefill": 0.0, "decode": 0.0}
@@ -212,7 +212,6 @@ class Progress:
 
     def update(self, batch: Batch, num_finished: int, seconds: float) -> None:
         """Count one step."""
-        self.num_unfinished -= num_finished
         num_output_tokens = sum(s.samples for s in batch.scheduled)
         num_prompt_tokens = batch.num_tokens - sum(s.num_new_tokens == 1 and s.samples for s in batch.scheduled)
         for kind, num_tokens in (("prefill", num_prompt_tokens), ("decode", num_output_tokens)):

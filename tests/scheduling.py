@@ -1,4 +1,4 @@
-"""What the tests of the block manager and the scheduler share: short ways to make things, and a machine to run steps on.
+"""What the tests of the block manager and the scheduler share: short ways to make things, and a machine to run steps.
 
 No torch: the machine's KV cache holds, in each slot, *which token prefix* it was computed for. So a test can see that
 every sequence reads what belongs to it and nothing else, and the tokens it gets depend on every slot that it reads.
@@ -30,10 +30,15 @@ def make_sequence(
 
 
 def make_scheduler(
-    num_blocks: int = 100, block_size: int = 4, max_num_seqs: int = 8, budget: int = 100, caching: bool = True
+    num_blocks: int = 100,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    budget: int = 100,
+    caching: bool = True,
+    policy: type[Scheduler] = Scheduler,
 ) -> Scheduler:
     config = Config(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-    return Scheduler(config, BlockManager(num_blocks, block_size, caching))
+    return policy(config, BlockManager(num_blocks, block_size, caching))
 
 
 def shares(batch: Batch) -> list[tuple[int, int, int]]:
@@ -55,8 +60,8 @@ def step(scheduler: Scheduler, token: int = 0) -> Batch:
 class Machine:
     """Stands in for the model and its KV cache.
 
-    A token prefix is known by a number, the same for equal prefixes with equal salts and no others. What a slot gets is
-    found as a model finds it: from what is *read* in the slot before, and the token. So is the next token: from all slots.
+    A token prefix is known by a number, the same for equal prefixes with equal salts and no others. What a slot gets
+    follows, as in a model, from what is *read*: the slot before and the token. The next token follows from all slots.
     """
 
     def __init__(self, num_blocks: int, block_size: int, num_rows: int) -> None:
@@ -65,10 +70,14 @@ class Machine:
         self.writers: list[tuple[Sequence | None, int]] = [(None, 0)] * num_blocks  # who fills a block, how far
         self.last_tokens = [GARBAGE] * num_rows
         self.numbers: dict[tuple[int | str | None, int], int] = {}
+        self.origins: list[tuple[int | str | None, int]] = []
 
     def prefix(self, before: int | str | None, token: int) -> int:
         """The number of the prefix `before` (the salt, if that is empty) with `token` after it."""
-        return self.numbers.setdefault((before, token), len(self.numbers))
+        number = self.numbers.setdefault((before, token), len(self.origins))
+        if number == len(self.origins):
+            self.origins.append((before, token))
+        return number
 
     def next_token(self, context: list[int]) -> int:
         return hash(tuple(context)) % VOCAB_SIZE

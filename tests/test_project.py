@@ -99,7 +99,7 @@ def test_command_generate_with_a_wrong_setting(model_path):
 def test_command_generate_with_a_missing_model():
     run = nanovllm_command("generate", "Hello", "--model", "/no/such/folder", HF_HUB_OFFLINE="1")
     assert run.returncode == 1
-    assert "'/no/such/folder' is neither a folder" in run.stderr and "Traceback" not in run.stderr
+    assert "'/no/such/folder' is not a folder here" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_command_chat_ends_at_end_of_input(model_path):

@@ -37,11 +37,15 @@ class Request:
         self.detokenizer = detokenizer
         self.logprobs: list[dict[int, float]] | None = None if seq.params.logprobs is None else []
 
+    @property
+    def text(self) -> str:
+        return self.detokenizer.text if self.detokenizer is not None else ""
+
     def output(self) -> dict[str, Any]:
         """The answer as users get it; `token_ids` and `text` grow until `finish_reason` is no longer None."""
         return {
             "request_id": self.seq.id,
-            "text": self.detokenizer.text if self.detokenizer is not None else "",
+            "text": self.text,
             "token_ids": self.seq.output_token_ids,
             "finish_reason": self.seq.finish_reason,
             "num_cached_tokens": self.seq.num_cached_tokens or 0,
@@ -123,7 +127,7 @@ class LLMEngine:
         seq = Sequence(
             next(self._ids), token_ids, params, min(len(token_ids) + answer_len, max_model_len), stop_token_ids
         )
-        return Request(seq, Detokenizer(self.tokenizer, params.stop) if self.tokenizer is not None else None)
+        return Request(seq, Detokenizer(self.tokenizer, params.stop or ()) if self.tokenizer is not None else None)
 
     def _check_token_id(self, name: str, token_id: Any) -> int:
         hint = f"the vocabulary has {self.vocab_size} tokens"

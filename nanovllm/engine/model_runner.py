@@ -77,7 +77,7 @@ class ModelRunner:
         last_tokens = context.query_start[1:][samples] - 1
         if len(last_tokens) == 0:
             return LaunchedStep(last_tokens, {})
-        logits = self.model.compute_logits(hidden_states[last_tokens])  # [num_sampled, vocab_size]
+        logits = self.model.compute_logits(hidden_states[last_tokens])  # type: ignore[operator]  # [num_sampled, vocab_size]
         return self.sample([s.seq for s in batch.scheduled if s.samples], logits)
 
     def prepare(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Context]:
@@ -121,6 +121,7 @@ class ModelRunner:
     def fill_row(self, seq: Sequence) -> None:
         """A sequence was admitted: write its sampling settings, and forget the block table of who had the row before."""
         row, params = seq.row, seq.params
+        assert params.seed is not None  # the engine has drawn one for a request that gave none
         self.num_copied_blocks[row] = 0
         self.temperature[row], self.top_k[row] = params.temperature, params.top_k
         self.top_p[row], self.min_p[row], self.seed[row] = params.top_p, params.min_p, params.seed

@@ -85,10 +85,13 @@ def attend(
     num_kv_heads, head_dim]`, and hold the new tokens already. Reads nothing but the slots of the sequences themselves:
     what else lies in the cache, NaN included, does no harm.
     """
+    decodes, prefills = context.plan.decodes, context.plan.prefills
+    if len(decodes) == 1 and not prefills:  # the usual step: nothing to put together
+        return attend_decodes(query, k_cache, v_cache, decodes[0], scale)
     output = torch.empty_like(query)
-    for group in context.plan.decodes:
+    for group in decodes:
         output[group.rows] = attend_decodes(query[group.rows], k_cache, v_cache, group, scale)
-    for prefill in context.plan.prefills:
+    for prefill in prefills:
         output[prefill.rows] = attend_prefill(query[prefill.rows], k_cache, v_cache, prefill, scale)
     return output
 

@@ -19,8 +19,9 @@ class RotaryEmbedding(nn.Module):
 
     inverse_frequencies: torch.Tensor  # [head_dim / 2] float32: radians per token
 
-    def __init__(self, hf_config: PretrainedConfig, head_dim: int) -> None:
+    def __init__(self, hf_config: PretrainedConfig) -> None:
         super().__init__()
+        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
         inverse_frequencies = rope_inverse_frequencies(rope_settings(hf_config), head_dim)
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
 

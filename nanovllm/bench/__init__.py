@@ -1,0 +1,70 @@
+"""The benchmarks behind `nanovllm bench`: the engine against the hardware's limit and against its peers, on a CPU.
+
+    steps.py      a step of the engine against the bare matrix products in it, and where its time goes
+    serving.py    many requests, against transformers' `generate` and `generate_batch`
+    planning.py   what it costs to plan a step of many sequences
+    memory.py     peak memory
+    timing.py     how time is taken
+    report.py     the machine, the records, the table
+
+All sides of a comparison run in one process, with the same threads, in turns; making models and warming up is left out
+for all of them. Every result is a record: a JSON line when it is there, and a row of the table at the end.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanovllm.bench.memory import measure_memory
+from nanovllm.bench.planning import measure_planning
+from nanovllm.bench.report import Report, environment
+from nanovllm.bench.serving import measure_serving
+from nanovllm.bench.steps import measure_steps
+from nanovllm.utils.hub import resolve_model
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much to measure. The defaults are what `nanovllm bench` does; a test takes less of everything."""
+
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    batch_sizes: tuple[int, ...] = (1, 4, 16, 32)
+    context_len: int = 64  # tokens of each sequence when its decode step is measured
+    prompt_len: int = 512  # tokens of the prefill that is measured
+    profiled: tuple[tuple[int, int], ...] = ((1, 64), (32, 64), (1, 1024), (16, 1024))  # batch size, tokens of context
+    step_rounds: int = 20
+    num_requests: int = 48
+    prompt_lens: tuple[int, int] = (16, 256)
+    output_lens: tuple[int, int] = (16, 128)
+    num_sharing: int = 40
+    prefix_len: int = 512
+    static_batch_size: int = 16
+    serving_rounds: int = 2
+    num_kv_blocks: int | None = None  # of the KV cache while serving; None is the engine's default
+    num_planned: int = 256  # sequences when planning is measured
+    planning_steps: int = 100
+
+
+def run(
+    model: str | Path | None = None, load_format: str = "auto", out: Path | None = None, size: Size = Size()
+) -> Report:
+    """Measure everything on this machine's CPU; print each result as a JSON line, and a table of all at the end.
+
+    Args:
+        model: a folder, a Hugging Face repository id, or None for the default model.
+        load_format: "auto" for the model's weights, "dummy" for random ones.
+        out: a file to which the JSON lines are appended as well.
+        size: how much to measure.
+    """
+    path = resolve_model(None if model is None else str(model))
+    report = Report(out)
+    report.add(environment(path, load_format))
+    for dtype in size.dtypes:
+        measure_steps(report, path, load_format, dtype, size)
+    for dtype in size.dtypes:
+        measure_serving(report, path, load_format, dtype, size)
+    measure_planning(report, size)
+    measure_memory(report, path, load_format)
+    print()
+    for line in report.table():
+        print(line)
+    return report

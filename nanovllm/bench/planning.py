@@ -1,0 +1,61 @@
+"""What it costs to plan a step: Python's part of the work, which grows with the number of sequences, not with the model."""
+
+import random
+import statistics
+import tempfile
+from typing import TYPE_CHECKING
+
+from transformers import LlamaConfig
+
+from nanovllm import LLM
+from nanovllm.bench.report import Report
+from nanovllm.bench.steps import decoding
+from nanovllm.bench.timing import stopwatch, watch_others
+
+if TYPE_CHECKING:
+    from nanovllm.bench import Size
+
+BAR = 2.0  # milliseconds
+
+
+def measure_planning(report: Report, size: "Size") -> None:
+    """Time to schedule, prepare and update a decode step of many sequences, in the real engine with a tiny model."""
+    report.progress(f"planning with {size.num_planned} sequences")
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_config().save_pretrained(folder)
+        llm = LLM(folder, load_format="dummy", device="cpu", max_num_seqs=size.num_planned, num_kv_blocks=8192)
+    engine = llm.engine
+    parts = [
+        ("schedule", engine.scheduler, "schedule"),
+        ("prepare", engine.model_runner, "prepare"),
+        ("update", engine.scheduler, "update"),
+    ]
+    steps = []
+    with watch_others() as load, decoding(llm, size.num_planned, 64, random.Random(0)), stopwatch(parts) as seconds:
+        for _ in range(size.planning_steps):
+            seconds.update(dict.fromkeys(seconds, 0.0))
+            llm.step()
+            steps.append({name: 1000 * value for name, value in seconds.items()})
+    llm.close()
+    record = {
+        "measurement": f"planning a step, {size.num_planned} sequences (median)",
+        "dtype": "",
+        "value": statistics.median(sum(step.values()) for step in steps),
+        "unit": "ms",
+        "at_most": BAR,
+        "milliseconds": {name: round(statistics.median(step[name] for step in steps), 3) for name in steps[0]},
+    }
+    report.add(record | load)
+
+
+def tiny_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        architectures=["LlamaForCausalLM"],
+    )

@@ -1,0 +1,69 @@
+"""How time is taken: the best of several runs in turns, part by part, and with an eye on who else uses the machine."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import psutil
+
+PATIENCE = 15.0  # seconds after which a comparison ends, once it has made three rounds
+
+
+def best_of(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Seconds of each side's fastest run. They take turns, so that a slow spell of the machine meets them all."""
+    for side in sides.values():
+        side()  # warm-up
+    best = dict.fromkeys(sides, math.inf)
+    begin = perf_counter()
+    for i in range(rounds):
+        for name, side in sides.items():
+            start = perf_counter()
+            side()
+            best[name] = min(best[name], perf_counter() - start)
+        if i >= 2 and perf_counter() - begin > PATIENCE:
+            break
+    return best
+
+
+@contextmanager
+def stopwatch(parts: list[tuple[str, Any, str]]) -> Iterator[dict[str, float]]:
+    """For the duration of a `with` block, add up the seconds spent in methods of objects, in the dict that it gives.
+
+    `parts` are (name in the dict, object, name of its method); several may share a name.
+    """
+    seconds = {name: 0.0 for name, _, _ in parts}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            start = perf_counter()
+            result = function(*args)
+            seconds[name] += perf_counter() - start
+            return result
+
+        return call
+
+    for name, owner, method in parts:
+        setattr(owner, method, timed(name, getattr(owner, method)))  # hides the class's method
+    try:
+        yield seconds
+    finally:
+        for _, owner, method in parts:
+            delattr(owner, method)
+
+
+@contextmanager
+def watch_others() -> Iterator[dict[str, float]]:
+    """How many cores other programs kept busy during a `with` block: "others_cores", afterwards, in the dict it gives."""
+    load: dict[str, float] = {}
+    start, others = perf_counter(), others_seconds()
+    yield load
+    load["others_cores"] = round(max(0.0, (others_seconds() - others) / (perf_counter() - start)), 2)
+
+
+def others_seconds() -> float:
+    """CPU time since this machine was started that went to other programs, or to other virtual machines beside it."""
+    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    busy = sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "steal"))
+    return busy - own.user - own.system

@@ -1,0 +1,83 @@
+"""Fixtures: tiny random checkpoints, made by transformers, and the default model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from nanovllm.utils.hub import resolve_model
+
+SIZES = dict(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+    eos_token_id=[257, 258],  # more than one, as in many chat models
+)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_path(tmp_path_factory) -> Path:
+    """Two layers of Qwen3: heads wider than hidden_size / num_heads, an untied head."""
+    config = Qwen3Config(head_dim=32, tie_word_embeddings=False, **SIZES)
+    return save_random_model(Qwen3ForCausalLM, config, tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_path(tmp_path_factory) -> Path:
+    """Two layers of Llama: a head tied to the embedding."""
+    config = LlamaConfig(tie_word_embeddings=True, **SIZES)
+    return save_random_model(LlamaForCausalLM, config, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def model_path(tiny_qwen3_path) -> Path:
+    return tiny_qwen3_path
+
+
+@pytest.fixture(scope="session")
+def default_model_path() -> Path:
+    """SmolLM2-135M-Instruct, fetched if this is the first time."""
+    return resolve_model(None)
+
+
+def save_random_model(model_class: type[PreTrainedModel], config: PretrainedConfig, path: Path) -> Path:
+    torch.manual_seed(0)
+    model = model_class(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # so large that the best two logits are seldom close
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": config.eos_token_id}))
+    return path
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, and three special ones: any text can be encoded, and nothing has to be trained."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_end|>", "<|im_start|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

@@ -1,0 +1,320 @@
+"""Each layer against a plain computation of the same thing, in float64 where that says something."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from nanovllm.kernels import get_backend
+from nanovllm.kernels.torch_attention import MAX_PADDING, group_by_length
+from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.embed_head import Embedding, LMHead
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import Linear, MergedLinear, linear_in_float32, pack
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_inverse_frequencies, rope_settings, rotate
+from nanovllm.utils.context import use_context
+from tests.paged import make_context, slots_of
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+# How far a result may be from the exact one, relative to its size: a few roundings.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(actual.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+# ---- RMSNorm and SiLU ----
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 64), (7, 96), (5, 3, 32)])
+def test_rms_norm(dtype, shape):
+    x = torch.randn(shape, dtype=dtype)
+    norm = RMSNorm(shape[-1], eps=1e-6)
+    norm.weight.copy_(torch.randn(shape[-1]))
+    before = x.clone()
+    result = norm(x)
+    expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    assert result.dtype == dtype
+    assert_near(result, expected, dtype)
+    assert torch.equal(x, before)  # the residual stream still needs it; `.float()` is no copy in float32
+
+
+def test_rms_norm_of_small_and_of_large_rows():
+    norm = RMSNorm(64, eps=1e-5)
+    assert norm(torch.zeros(1, 64)).equal(torch.zeros(1, 64))  # eps is what keeps this from being 0 / 0
+    x = torch.randn(1, 64)
+    assert_near(norm(1e-3 * x), 1e-3 * x.double() / (1e-6 * x.double().square().mean() + 1e-5).sqrt(), torch.float32)
+    large = torch.full((1, 64), 6e4, dtype=torch.float16)  # its square is beyond float16
+    assert_near(norm(large), torch.ones(1, 64, dtype=torch.float64), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_silu_and_mul(dtype):
+    gate_up = torch.randn(5, 48, dtype=dtype)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    assert_near(silu_and_mul(gate_up), gate * gate.sigmoid() * up, dtype)
+
+
+# ---- RoPE ----
+
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256
+)
+ROPES = {"default": dict(rope_type="default"), "linear": dict(rope_type="linear", factor=4.0), "llama3": LLAMA3}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("head_dim", [16, 64, 80])
+def test_rope_equals_that_of_transformers(rope, head_dim):
+    sizes = dict(hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=2048)
+    config = LlamaConfig(rope_parameters={"rope_theta": 10000.0, **ROPES[rope]}, **sizes)
+    positions = torch.tensor([0, 1, 2, 63, 64, 500, 2047])
+    q, k = torch.randn(7, 4, head_dim), torch.randn(7, 2, head_dim)
+    their_cos, their_sin = LlamaRotaryEmbedding(config)(q, positions[None])
+    expected = apply_rotary_pos_emb(q, k, their_cos[0], their_sin[0], unsqueeze_dim=1)
+    cos, sin = RotaryEmbedding(config)(positions, torch.float32)
+    torch.testing.assert_close(
+        (rotate(q, cos, sin), rotate(k, cos, sin)), expected, rtol=0, atol=5e-5
+    )  # an angle of 2,000 radians has no more digits
+
+
+def test_llama3_rope_slows_down_the_slow_pairs_only():
+    plain = rope_inverse_frequencies({"rope_type": "default", "rope_theta": 10000.0}, 64)
+    scaled = rope_inverse_frequencies({"rope_theta": 10000.0, **LLAMA3}, 64)
+    assert scaled[0] == plain[0] and scaled[-1] == plain[-1] / 8
+    assert len(set((plain / scaled).tolist())) > 3  # with a passage between
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_rope_settings_of_old_transformers(key):
+    scaling = {key if name == "rope_type" else name: value for name, value in LLAMA3.items()}
+    old = SimpleNamespace(rope_theta=5e5, rope_scaling=scaling)
+    new = SimpleNamespace(rope_parameters={"rope_theta": 5e5, **LLAMA3})
+    old_frequencies, new_frequencies = (rope_inverse_frequencies(rope_settings(config), 64) for config in (old, new))
+    assert torch.equal(old_frequencies, new_frequencies)
+    assert rope_settings(SimpleNamespace(rope_theta=1e4, rope_scaling=None))["rope_type"] == "default"
+
+
+def test_unknown_rope_type_is_named():
+    with pytest.raises(ValueError, match="RoPE type 'yarn' is not supported; supported are default, linear, llama3"):
+        rope_settings(SimpleNamespace(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}))
+
+
+def test_rotated_products_depend_on_the_distance_alone():
+    rotary = RotaryEmbedding(LlamaConfig(hidden_size=64, num_attention_heads=1))
+    q, k = torch.randn(1, 1, 64), torch.randn(1, 1, 64)
+    near = rotate(q, *rotary(torch.tensor([15]), q.dtype)) @ rotate(k, *rotary(torch.tensor([5]), q.dtype)).mT
+    far = rotate(q, *rotary(torch.tensor([1015]), q.dtype)) @ rotate(k, *rotary(torch.tensor([1005]), q.dtype)).mT
+    torch.testing.assert_close(near, far, rtol=0, atol=2e-3)
+
+
+# ---- Matrix products ----
+
+
+def random_linear(dtype: torch.dtype, bias: bool) -> Linear:
+    linear = Linear(48, 80, bias).requires_grad_(False).to(dtype)
+    for parameter in linear.parameters():
+        parameter.normal_()
+    return linear
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 3, 15, 16, 70])
+def test_linear_is_the_same_product_packed_or_not(dtype, bias, num_rows):
+    linear = random_linear(dtype, bias)
+    x = torch.randn(num_rows, 48, dtype=dtype)
+    expected = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    plain = linear(x)
+    linear.prepack()
+    for result in (plain, linear(x)):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result.double(), expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+
+
+def test_packing_lets_the_original_weight_go():
+    linear = random_linear(torch.float32, bias=False)
+    if pack(linear.weight) is None:
+        pytest.skip("this PyTorch has no oneDNN")
+    linear.prepack()
+    assert linear.packed is not None and not list(linear.parameters())
+
+
+def test_without_packing_the_weight_stays(monkeypatch):
+    monkeypatch.setattr("nanovllm.layers.linear.pack", lambda weight: None)
+    linear = random_linear(torch.float32, bias=False)
+    x = torch.randn(3, 48)
+    expected = linear(x)
+    linear.prepack()
+    assert torch.equal(linear(x), expected)
+
+
+def test_product_in_float32_slice_by_slice(monkeypatch):
+    monkeypatch.setattr("nanovllm.layers.linear.FLOAT32_SLICE", 32)  # 80 rows: two whole slices and a half
+    linear = random_linear(torch.bfloat16, bias=True)
+    x = torch.randn(20, 48, dtype=torch.bfloat16)
+    expected = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+    result = linear_in_float32(x, linear.weight, linear.bias)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-2, atol=5e-2)
+
+
+def test_merged_linear_is_its_parts_side_by_side():
+    merged = MergedLinear(8, {"q_proj": 6, "k_proj": 2}, bias=True).requires_grad_(False)
+    merged.weight.normal_()
+    merged.bias.normal_()
+    x = torch.randn(3, 8)
+    q, k = merged(x).split([6, 2], dim=-1)
+    torch.testing.assert_close(q, F.linear(x, merged.weight[:6], merged.bias[:6]))
+    torch.testing.assert_close(k, F.linear(x, merged.weight[6:], merged.bias[6:]))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head(dtype, tied):
+    embedding = Embedding(100, 16).requires_grad_(False).to(dtype)
+    embedding.weight.normal_()
+    head = LMHead(embedding, tied).requires_grad_(False).to(dtype)
+    if not tied:
+        head.weight.normal_()
+    weight, x = head.weight.clone(), torch.randn(2, 16, dtype=dtype)
+    assert torch.equal(weight, embedding.weight) == tied
+    head.prepack()
+    logits = head(x)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, rtol=0.02, atol=5 * TOLERANCE[dtype])
+    assert torch.equal(embedding(torch.tensor([7, 0])), embedding.weight[[7, 0]])  # the lookup outlives the packing
+
+
+# ---- Attention ----
+
+
+def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Exact causal attention of the last tokens of a sequence, in float64.
+
+    `query` is [query_len, num_heads, head_dim], `key` and `value` are [context_len, num_kv_heads, head_dim].
+    """
+    group = query.size(1) // key.size(1)
+    key, value = (x.double().repeat_interleave(group, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query.double(), key) * scale
+    query_len, context_len = scores.shape[1:]
+    is_later = torch.ones(query_len, context_len, device=query.device).triu(context_len - query_len + 1).bool()
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(is_later, float("-inf")).softmax(-1), value)
+
+
+def check_attention(
+    query_lens: list[int],
+    context_lens: list[int],
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 16,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 32,
+    num_shared: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Run a step through the attention layer and compare each sequence with dense attention.
+
+    Blocks are scattered at random. All slots that hold no token are NaN. Sequences begin with `num_shared` blocks that
+    are the same; if nobody has computed them yet, the longest prefill does, in this very step.
+    """
+    tables, keys, values = [], [], []
+    num_blocks = sum(-(-n // block_size) for n in context_lens) + 5
+    free = torch.randperm(num_blocks).tolist()
+    shared = [free.pop() for _ in range(num_shared)]
+    shared_kv = torch.randn(2, num_shared * block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+    for context_len in context_lens:
+        tables.append(shared + [free.pop() for _ in range(-(-context_len // block_size) - num_shared)])
+        own = torch.randn(2, context_len - shared_kv.size(1), num_kv_heads, head_dim, dtype=dtype, device=device)
+        key, value = torch.cat((shared_kv, own), dim=1)
+        keys.append(key)
+        values.append(value)
+    query = torch.randn(sum(query_lens), num_heads, head_dim, dtype=dtype, device=device)
+
+    backend = get_backend("torch")
+    kv_cache = backend.allocate(2, num_blocks, block_size, num_kv_heads, head_dim, dtype, device)
+    assert kv_cache.shape == (2, 2, num_blocks + 1, block_size, num_kv_heads, head_dim)
+    kv_cache.fill_(float("nan"))
+    layer = Attention(num_heads, head_dim, head_dim**-0.5, num_kv_heads)
+    layer.bind(backend, kv_cache[0, 1], kv_cache[1, 1])
+    computed_now = {
+        slot for t, n, c in zip(tables, query_lens, context_lens) for slot in slots_of(t, range(c - n, c), block_size)
+    }
+    for table, key, value, query_len, context_len in zip(tables, keys, values, query_lens, context_lens):
+        slots = slots_of(table, range(context_len - query_len), block_size)
+        before = [i for i, slot in enumerate(slots) if slot not in computed_now]
+        where = torch.tensor([slots[i] for i in before], dtype=torch.int64, device=device)
+        backend.store(key[before], value[before], layer.k_cache, layer.v_cache, where)
+
+    new_keys = torch.cat([key[len(key) - n :] for key, n in zip(keys, query_lens)])
+    new_values = torch.cat([value[len(value) - n :] for value, n in zip(values, query_lens)])
+    with use_context(make_context(block_size, tables, query_lens, context_lens, device)):
+        output = layer(query, new_keys, new_values).view_as(query)
+
+    assert kv_cache[:, 0].isnan().all()  # the other layer's part of the cache
+    for rows, key, value in zip(torch.arange(len(query)).split(query_lens), keys, values):
+        assert_near(output[rows], dense_attention(query[rows], key, value, layer.scale), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("block_size", [1, 16, 32])
+@pytest.mark.parametrize("heads", [(4, 4, 32), (4, 2, 64), (9, 3, 64), (8, 1, 16), (3, 3, 24), (6, 2, 17)])
+def test_attention_of_a_mixed_batch(device, dtype, block_size, heads):
+    num_heads, num_kv_heads, head_dim = heads
+    query_lens = [1, 1, 1, 1, 7, 33, 40, 2]
+    context_lens = [1, 64, 37, 100, 7, 33, 90, 17]
+    shapes = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    check_attention(query_lens, context_lens, dtype, block_size, **shapes, device=device)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_attention_of_random_batches(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    block_size = rng.choice([1, 2, 5, 16, 32])
+    num_decodes, num_prefills = rng.randint(0, 12), rng.randint(0, 3)
+    query_lens = [1] * num_decodes + [rng.randint(2, 50) for _ in range(num_prefills)] or [1]
+    context_lens = [n + rng.choice([0, rng.randint(0, 200), 16]) for n in query_lens]
+    check_attention(query_lens, context_lens, block_size=block_size)
+
+
+def test_attention_to_blocks_that_are_shared_with_a_sequence_of_the_same_step():
+    """Two decodes and a prefill begin with the two blocks that the last sequence computes only now."""
+    check_attention([1, 1, 5, 40], [33, 50, 41, 40], num_shared=2)
+
+
+def test_attention_of_one_long_and_many_short_sequences():
+    check_attention([1] * 31, [1500] + [20 + i for i in range(30)])
+
+
+def test_decodes_are_grouped_by_length():
+    assert group_by_length([]) == []
+    assert group_by_length([5]) == [[0]]
+    assert group_by_length([64] * 32) == [list(range(32))]
+    assert group_by_length([60, 1500, 64, 58]) == [[1], [2, 0, 3]]
+    rng = random.Random(0)
+    context_lens = [rng.randint(1, 3000) for _ in range(200)]
+    groups = group_by_length(context_lens)
+    assert sorted(sum(groups, [])) == list(range(200))
+    for group in groups:
+        lengths = [context_lens[i] for i in group]
+        assert max(lengths) * len(lengths) - sum(lengths) <= MAX_PADDING
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="attention_backend must be one of 'torch', not 'flsh'"):
+        get_backend("flsh")
