@@ -45,6 +45,7 @@ class PagedModel:
     model: nn.Module
     block_size: int = 16
     num_blocks: int = 128
+    dtype: torch.dtype = torch.float32
     block_tables: dict[str, list[int]] = field(default_factory=dict)
     num_computed: dict[str, int] = field(default_factory=dict)
 
@@ -52,7 +53,7 @@ class PagedModel:
         backend = get_backend("torch")
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         shape = (self.block_size, layers[0].num_kv_heads, layers[0].head_dim)
-        kv_cache = backend.allocate(len(layers), self.num_blocks, *shape, torch.float32, "cpu")
+        kv_cache = backend.allocate(len(layers), self.num_blocks, *shape, self.dtype, "cpu")
         for i, layer in enumerate(layers):
             layer.bind(backend, kv_cache[0, i], kv_cache[1, i])
         self.free_blocks = torch.randperm(self.num_blocks, generator=torch.Generator().manual_seed(0)).tolist()

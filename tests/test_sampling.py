@@ -32,9 +32,8 @@ ALMOST_ONE = 1 - 2**-24  # the largest number that `uniform_numbers` can give
 
 def batch_of(rows: list[dict], uniform: list[float] | np.ndarray) -> SamplingBatch:
     """A batch with the settings of each row as a dict of what differs from the defaults."""
-    params = [SamplingParams(**row) for row in rows]
-    columns = ([getattr(p, name) for p in params] for name in ("temperature", "top_k", "top_p", "min_p"))
-    return SamplingBatch.from_host(*columns, uniform)
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    return SamplingBatch.from_host(*([row.get(name, off) for row in rows] for name, off in defaults.items()), uniform)
 
 
 def sample_one(logits: list[float], uniform: float, **settings: float) -> int:
@@ -64,7 +63,7 @@ def fits(tokens: np.ndarray, probs: np.ndarray) -> bool:
     return possible.sum() == 1 or statistic < chi_square_limit(int(possible.sum()) - 1)
 
 
-# Probabilities 0.29, 0.22, 0.16, 0.11, 0.08, 0.06, 0.04, 0.03, 0.01: no two alike, none too rare to be counted, shuffled.
+# Shuffled; no two alike, none too rare to be counted.
 LOGITS = np.log([0.08, 0.03, 0.29, 0.01, 0.16, 0.06, 0.22, 0.04, 0.11])
 
 CASES: dict[str, dict] = {
@@ -264,7 +263,7 @@ def crowd(n: int, vocab_size: int, seed: int) -> tuple[torch.Tensor, list[dict],
     return torch.tensor(logits, dtype=torch.float32), rows, rng.random(n, dtype=np.float32)
 
 
-@pytest.mark.parametrize(("n", "vocab_size", "repeats"), [(48, 2500, 4), (6, 151_936, 1)])
+@pytest.mark.parametrize(("n", "vocab_size", "repeats"), [(48, 2500, 2), (6, 151_936, 1)])
 def test_a_row_gives_the_same_token_alone_and_in_a_crowd(n: int, vocab_size: int, repeats: int) -> None:
     for seed in range(repeats):
         logits, rows, uniform = crowd(n, vocab_size, seed)
@@ -277,7 +276,7 @@ def test_a_row_gives_the_same_token_alone_and_in_a_crowd(n: int, vocab_size: int
 
 
 def test_a_row_without_truncation_does_not_care_which_path_its_neighbours_take() -> None:
-    logits, _, uniform = crowd(64, 20_000, seed=5)
+    logits, _, uniform = crowd(64, 8000, seed=5)
     plain = sample(logits, batch_of([{}] * 64, uniform))
     for neighbour in ({"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 3, "top_p": 0.9}):
         mixed = sample(logits, batch_of([neighbour, {}] * 32, uniform))
@@ -344,6 +343,10 @@ def test_extreme_temperatures() -> None:
     assert {sample_one([1.0, 3.0, 2.0], u, temperature=1e-30) for u in (0, 0.5, ALMOST_ONE)} == {1}
     assert sample_one([1.0, 3.0, 2.0], 0.0, temperature=1e-300) == 1  # zero in float32, so greedy
     assert [sample_one([-1e9, 1e9, -INF], u, temperature=3e38) for u in (0, 0.4, 0.6, ALMOST_ONE)] == [0, 0, 1, 1]
+
+
+def test_a_step_in_which_nobody_samples() -> None:  # all of it is chunks of prompts
+    assert sample(torch.zeros(0, 50), batch_of([], [])).shape == (0,)
 
 
 def test_greedy_takes_the_first_of_equals() -> None:

@@ -1,7 +1,6 @@
 """Peak resident memory, which only a process of its own can tell: this module runs itself in one."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +12,18 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.bench.report import Report
 from nanovllm.utils.checkpoint import load_hf_config
 
+STATUS = Path("/proc/self/status")
 BAR = 500  # MB beyond model and KV cache
 
 
 def measure_memory(report: Report, path: Path, load_format: str) -> None:
     """What the engine takes at the default settings, beyond its imports, the model's weights and the KV cache."""
+    if not STATUS.exists():
+        report.progress("peak memory is left out: only Linux tells it")
+        return
     report.progress("peak memory, in a process of its own")
-    command = [sys.executable, "-m", "nanovllm.bench.memory", str(path), load_format]
-    megabytes = json.loads(subprocess.check_output(command))
+    program = "from nanovllm.bench.memory import main; main()"
+    megabytes = json.loads(subprocess.check_output([sys.executable, "-c", program, str(path), load_format]))
     report.add(
         {
             "measurement": "peak memory beyond imports, model and KV cache",
@@ -40,14 +43,12 @@ def exercise(path: Path, load_format: str) -> dict[str, int]:
     config, kv_cache = llm.engine.config, llm.engine.model_runner.kv_cache
     kv_cache.zero_()  # what nobody has written to takes no memory yet
     assert config.num_kv_blocks is not None and config.max_model_len is not None
-    # As many sequences as may run, so that together they use up the budget of a step: greedy, then random.
+    # As many sequences as may run, so short that one step has room for them all; then one that fills a step by itself.
     num_seqs = min(config.max_num_seqs, config.num_kv_blocks)
-    prompt = [1] * max(1, config.max_num_batched_tokens // num_seqs)
-    for params in (SamplingParams(temperature=0.0, max_tokens=4), SamplingParams(max_tokens=4)):
-        llm.generate([[i, *prompt[1:]] for i in range(num_seqs)], params, use_tqdm=False)
-    # One sequence as long as a step's budget allows.
-    prompt = [2] * min(config.max_num_batched_tokens, config.max_model_len - 1)
-    llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False)
+    prompt_len = max(1, config.max_num_batched_tokens // num_seqs)
+    llm.generate([[i] * prompt_len for i in range(num_seqs)], SamplingParams(max_tokens=2), use_tqdm=False)
+    prompt_len = min(config.max_num_batched_tokens, config.max_model_len - 1)
+    llm.generate([[0] * prompt_len], SamplingParams(max_tokens=1), use_tqdm=False)
 
     with torch.device("meta"):
         num_parameters = AutoModelForCausalLM.from_config(load_hf_config(path)).num_parameters()
@@ -56,10 +57,13 @@ def exercise(path: Path, load_format: str) -> dict[str, int]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held at any one time."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most resident memory that this process has had at any one time (VmHWM, see proc(5)).
+
+    `getrusage` would tell it everywhere, but a new process inherits its parent's peak there.
+    """
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
 
 
-if __name__ == "__main__":
+def main() -> None:
     print(json.dumps(exercise(Path(sys.argv[1]), sys.argv[2])))

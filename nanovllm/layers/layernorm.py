@@ -13,11 +13,13 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.inverse_root_size = size**-0.5
-        self.root_eps = torch.tensor(eps**0.5, dtype=torch.float32, device="cpu")  # a scalar works with any device
+        # Scalars as tensors, for speed: a Python number would be converted in every call. They go with any device.
+        self.inverse_root_size = torch.tensor(size**-0.5, dtype=torch.float32, device="cpu")
+        self.root_eps = torch.tensor(eps**0.5, dtype=torch.float32, device="cpu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` is `[..., size]`; returns the same shape and dtype."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # [..., 1]
+        row = x.float()  # x itself if it is float32 already, so nothing below may be done in place on it
+        length = torch.linalg.vector_norm(row, dim=-1, keepdim=True)  # [..., 1]
         rms = torch.hypot(length.mul_(self.inverse_root_size), self.root_eps)
-        return (x / rms).mul_(self.weight).to(x.dtype)
+        return (row / rms).to(x.dtype).mul_(self.weight)

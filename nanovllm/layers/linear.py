@@ -32,7 +32,7 @@ class Linear(nn.Module):
         """`x` is `[num_tokens, in_features]`; returns `[num_tokens, out_features]`."""
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        if x.dtype != torch.float32 and not x.is_cuda and len(x) >= FLOAT32_ROWS:
+        if len(x) >= FLOAT32_ROWS and x.dtype != torch.float32 and not x.is_cuda:
             return linear_in_float32(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
