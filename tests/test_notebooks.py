@@ -1,0 +1,178 @@
+"""The saved notebooks: what they promise about themselves, their exercises, and the margins of their greedy choices."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from nanovllm.lessons.checks import Verdict
+from nanovllm.lessons.guard import SKIP, problems
+from nanovllm.lessons.series import CHAPTERS, GENERATED, NOTEBOOKS
+
+PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
+SOLUTION = re.compile(r'<details id="solution-(\d+)">.*?```python\n(.*?)```', re.DOTALL)
+
+
+def read(path: Path):
+    return nbformat.read(path, as_version=4)
+
+
+def test_there_are_notebooks():
+    assert PATHS and {path.stem for path in PATHS} <= {chapter.name for chapter in CHAPTERS}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_guard(path):
+    assert problems(path) == []
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_generated_cells_are_up_to_date(path):
+    generated = {cell.id: cell.source for cell in read(path).cells if cell.id in GENERATED}
+    assert generated.keys() >= {"navigation"}
+    assert generated == {id: GENERATED[id](path.stem) for id in generated}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_skipped_cell_is_followed_by_one_that_asserts(path):
+    code = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    for cell, following in zip(code, code[1:]):
+        if SKIP in cell.metadata.get("tags", []):
+            assert "assert" in following.source and SKIP not in following.metadata.get("tags", [])
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_ids_are_names(path):
+    """Stable ids keep diffs small, and details are found by them."""
+    ids = [cell.id for cell in read(path).cells]
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]+", id) for id in ids) and len(set(ids)) == len(ids)
+
+
+# -- Exercises ---------------------------------------------------------------------------------------------------------
+
+
+def exercises(path: Path) -> dict[int, tuple[str, str]]:
+    """Number -> code of the stub cell, code of the solution."""
+    cells = read(path).cells
+    solutions = {int(n): code for cell in cells for n, code in SOLUTION.findall(cell.source)}
+    stubs = {int(c.id.split("-")[1]): c.source for c in cells if c.cell_type == "code" and c.id.startswith("exercise-")}
+    assert stubs.keys() == solutions.keys()
+    return {n: (stubs[n], solutions[n]) for n in stubs}
+
+
+EXERCISES = [(path, n) for path in PATHS for n in exercises(path)]
+
+
+def verdict(path: Path, number: int, answer: str | None, seed: int = 0) -> Verdict:
+    """Run the stub cell, put `answer` in the place of its function if there is one, and run the check in its last line."""
+    stub, _ = exercises(path)[number]
+    tree = ast.parse(stub)
+    check = tree.body.pop()
+    namespace: dict = {}
+    exec(compile(tree, "stub", "exec"), namespace)
+    if answer is not None:
+        exec(answer, namespace)
+    assert isinstance(check, ast.Expr) and isinstance(check.value, ast.Call)
+    check.value.keywords.append(ast.keyword("seed", ast.Constant(seed)))
+    return eval(compile(ast.fix_missing_locations(ast.Expression(check.value)), "check", "eval"), namespace)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_three_to_five_exercises(path):
+    assert 3 <= len(exercises(path)) <= 5
+
+
+@pytest.mark.parametrize(("path", "number"), EXERCISES)
+def test_a_stub_does_not_pass(path, number):
+    result = verdict(path, number, None)
+    assert not result.attempted and not result.right
+    assert repr(result) == f"Exercise {number}: not attempted yet."
+
+
+@pytest.mark.parametrize(("path", "number"), EXERCISES)
+def test_a_solution_passes_on_random_workloads(path, number):
+    _, solution = exercises(path)[number]
+    for seed in range(5):
+        result = verdict(path, number, solution, seed)
+        assert result.right, result
+
+
+WRONG_00 = [
+    (1, "def bytes_per_token(num_layers, num_kv_heads, head_dim, bytes_per_number):\n"
+        "    return num_layers * num_kv_heads * head_dim * bytes_per_number", "a key *and* a value"),
+    (1, "def bytes_per_token(num_layers, num_kv_heads, head_dim, bytes_per_number):\n"
+        "    return 2 * num_layers * head_dim * bytes_per_number", "it takes 114,688"),
+    (1, "def bytes_per_token(num_layers, num_kv_heads, head_dim, bytes_per_number):\n"
+        "    return 46080", "Qwen3-0.6B"),
+    (1, "def bytes_per_token(num_layers):\n"
+        "    return 1", "your code raised TypeError"),
+    (2, "def blocks_at_the_end(prompt, answer, size):\n"
+        "    return -(-(prompt + answer) // size)", "Is the last token ever stored?"),
+    (2, "def blocks_at_the_end(prompt, answer, size):\n"
+        "    return (prompt + answer - 1) / size", "round up"),
+    (2, "def blocks_at_the_end(prompt, answer, size):\n"
+        "    return (prompt + answer - 1) // size", "the engine holds 3 blocks"),
+    (3, "def steps_to_first_token(prompt, budget, decoding):\n"
+        "    return -(-prompt // budget)", "takes one token of the budget"),
+    (3, "def steps_to_first_token(prompt, budget, decoding):\n"
+        "    return prompt // (budget - decoding) + 1", "fits exactly"),
+    (3, "def steps_to_first_token(prompt, budget, decoding):\n"
+        "    return 1", "takes 2 steps, and you say 1"),
+    (4, "def race(llm, prompts, params):\n"
+        "    return llm.generate(prompts, params, use_tqdm=False)[0]", "is the first to finish"),
+    (4, "def race(llm, prompts, params):\n"
+        "    for prompt, p in zip(prompts, params): llm.add_request(prompt, p)\n"
+        "    finished = []\n"
+        "    while not finished: finished = llm.step()\n"
+        "    return finished[0]", "still run and hold blocks"),
+    (4, "def race(llm, prompts, params):\n"
+        "    for prompt, p in zip(prompts, params): llm.add_request(prompt, p)\n"
+        "    finished = []\n"
+        "    while not finished: finished = llm.step()\n"
+        "    return finished", "You return a list"),
+    (4, "def race(llm, prompts, params):\n"
+        "    for prompt, p in zip(prompts, params): llm.add_request(prompt, p)\n"
+        "    finished = []\n"
+        "    while llm.has_unfinished_requests(): finished += llm.step()\n"
+        "    return finished[0]", "stop as soon as a step returns an answer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "answer", "words"), WRONG_00)
+def test_a_wrong_answer_is_told_what_is_wrong(number, answer, words):
+    result = verdict(NOTEBOOKS / "00_quickstart.ipynb", number, answer)
+    assert result.attempted and not result.right
+    assert repr(result).startswith(f"Exercise {number}: not yet. ") and words in repr(result)
+
+
+# -- Greedy choices ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_greedy_choices_have_a_margin(path, monkeypatch):
+    """So that another processor, which rounds differently, shows the same tokens."""
+    from nanovllm.engine import model_runner
+
+    margins = []
+
+    def recording_sample(logits, batch):
+        best = logits.float().topk(2).values
+        greedy = torch.as_tensor(batch.temperature).flatten() == 0
+        margins.extend((best[:, 0] - best[:, 1])[greedy].tolist())
+        return sample(logits, batch)
+
+    sample = model_runner.sample
+    monkeypatch.setattr(model_runner, "sample", recording_sample)
+    num_threads = torch.get_num_threads()
+    try:
+        namespace: dict = {}
+        for cell in read(path).cells:
+            # an exercise that nobody attempted shows no tokens, and its random model has no margins
+            if cell.cell_type == "code" and not cell.id.startswith("exercise-"):
+                exec(compile(cell.source, cell.id, "exec"), namespace)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert len(margins) > 100 and min(margins) >= 0.01
