@@ -153,11 +153,28 @@ def test_eos_ends_an_answer_and_stays_in_token_ids_but_not_in_text(model_path):
     assert generate(llm, ["Hello"])[0]["token_ids"] == token_ids, "ignore_eos goes on"
 
 
-def test_every_eos_id_of_generation_config_counts(model_path):
-    """Trap: only one EOS id honoured."""
+def test_trap_only_one_eos_id_honoured(model_path):
     eos = json.loads((model_path / "generation_config.json").read_text())["eos_token_id"]
     assert isinstance(eos, list) and len(eos) > 1
-    assert LLM(model_path, num_kv_blocks=8).engine.eos_token_ids == set(eos)
+    llm = LLM(model_path, num_kv_blocks=8)
+    for token_id in eos:
+        llm.engine.model_runner.model.compute_logits = lambda hidden_states: one_hot(token_id, len(hidden_states))
+        (output,) = generate(llm, ["Hello"], SamplingParams(temperature=0.0))
+        assert output["token_ids"] == [token_id] and output["finish_reason"] == "stop"
+
+
+def one_hot(token_id, num_rows):
+    return torch.nn.functional.one_hot(torch.tensor([token_id] * num_rows), 320).float()
+
+
+def test_trap_special_tokens_left_in_the_text(llm, monkeypatch):
+    special = llm.engine.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    answers = iter([65, special, 66])
+    compute = lambda hidden_states: one_hot(next(answers), len(hidden_states))  # noqa: E731
+    monkeypatch.setattr(llm.engine.model_runner.model, "compute_logits", compute)
+    (output,) = generate(llm, ["Hello"], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
+    assert output["token_ids"] == [65, special, 66]
+    assert output["text"] == llm.engine.tokenizer.decode([65, 66])
 
 
 def test_stop_token_ids(llm):
@@ -184,7 +201,7 @@ def test_a_stop_string_completed_by_the_last_token_is_a_stop(llm):
     assert output["finish_reason"] == "stop" and output["text"] == "" and len(output["token_ids"]) == 8
 
 
-def test_max_tokens_none_goes_on_to_max_model_len(model_path):
+def test_trap_no_check_of_prompt_and_max_tokens_against_max_model_len(model_path):
     llm = LLM(model_path, num_kv_blocks=64, max_model_len=50)
     params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
     (output,) = generate(llm, [[5] * 20], params)
@@ -370,7 +387,6 @@ BAD_REQUESTS = {
     "stop id": (["ok"], SamplingParams(stop_token_ids=[10**6]), ValueError, "prompt 0: stop_token_ids must be at most"),
     "params type": (["ok"], {"temperature": 0.0}, TypeError, "sampling_params must be a SamplingParams, not dict"),
     "too few params": (["a", "b", "c"], [GREEDY], ValueError, "there are 3 prompts but 1 sampling_params"),
-    "too many params": (["a"], [GREEDY, GREEDY], ValueError, "there are 1 prompts but 2 sampling_params"),
 }
 
 
@@ -431,6 +447,29 @@ def test_a_gpu_that_is_not_there(model_path):
         LLM(model_path, device="cuda")
 
 
+def test_trap_a_prompt_larger_than_the_cache_kills_the_batch(model_path):
+    llm = LLM(model_path, num_kv_blocks=4)
+    running = llm.add_request("Hello", GREEDY)
+    llm.step()
+    with pytest.raises(ValueError, match="65 tokens, but max_model_len is 64 .*4 blocks of 16 tokens"):
+        llm.add_request([5] * 65)
+    outputs = [output for _ in range(7) for output in llm.step()]
+    assert [output["request_id"] for output in outputs] == [running]
+
+
+def test_trap_zip_silently_truncates_prompts_or_params(llm):
+    for num_prompts, num_params in ((3, 2), (2, 3)):
+        with pytest.raises(ValueError, match=f"there are {num_prompts} prompts but {num_params} sampling_params"):
+            generate(llm, ["Hello"] * num_prompts, [GREEDY] * num_params)
+
+
+def test_trap_unknown_keyword_ignored(model_path):
+    with pytest.raises(TypeError, match="Config: unknown setting 'max_num_seq'; did you mean 'max_num_seqs'"):
+        LLM(model_path, max_num_seq=4)
+    with pytest.raises(TypeError, match="SamplingParams: unknown setting 'maxtokens'; did you mean 'max_tokens'"):
+        SamplingParams(maxtokens=4)
+
+
 def test_enforce_eager_and_other_good_settings(model_path):
     llm = LLM(str(model_path), enforce_eager=True, dtype="bfloat16", kv_cache_memory=2**20, max_num_seqs=np.int64(3))
     assert llm.engine.model_runner.kv_cache.dtype == torch.bfloat16
@@ -470,8 +509,7 @@ def test_no_tokenizer(model_path, tmp_path):
 # -- Accidents ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_cell_run_again_starts_clean(llm):
-    """Trap: interrupt a cell and run it again (old requests must not linger)."""
+def test_trap_old_requests_linger_when_a_cell_is_interrupted_and_run_again(llm):
     expected = generate(llm, ["Hello"])
     earlier = llm.add_request("there", GREEDY)
     params = SamplingParams(max_tokens=None, ignore_eos=True)
@@ -505,8 +543,8 @@ def test_an_interrupt_waits_for_the_end_of_the_step(llm, monkeypatch):
     llm.abort(request.seq.id)
 
 
-def test_a_step_that_fails_raises_and_can_be_made_again(llm, monkeypatch):
-    """Trap: blocks that stay in the cache although the step that should have computed them failed."""
+def test_trap_blocks_stay_in_the_cache_although_their_step_failed(llm, monkeypatch):
+    """The step raises, and can be made again."""
     prompt = list(range(20, 70))
     expected = generate(llm, [prompt])[0]["token_ids"]
     other = list(range(70, 120))
@@ -567,8 +605,7 @@ def test_a_scheduler_that_schedules_nothing_is_an_error_not_a_hang(model_path):
 # -- Memory and other engines ------------------------------------------------------------------------------------------
 
 
-def test_two_engines_in_one_process(model_path, tiny_llama_path):
-    """Trap: a second engine in one process fails."""
+def test_trap_a_second_engine_in_one_process_fails(model_path, tiny_llama_path):
     one, two = LLM(model_path, num_kv_blocks=16), LLM(tiny_llama_path, num_kv_blocks=16, block_size=8)
     alone = [generate(one, ["Hello"])[0]["token_ids"], generate(two, ["Hello"])[0]["token_ids"]]
     one.add_request("Hello", GREEDY), two.add_request("Hello", GREEDY)
@@ -580,8 +617,7 @@ def test_two_engines_in_one_process(model_path, tiny_llama_path):
 
 
 @pytest.mark.parametrize("how", ["close", "del"])
-def test_memory_is_given_back(default_model_path, how):
-    """Trap: `del llm` frees nothing."""
+def test_trap_del_llm_frees_nothing(default_model_path, how):
     after = []
     for _ in range(2):
         llm = LLM(default_model_path, num_kv_blocks=8)
@@ -607,8 +643,7 @@ def resident_memory() -> int:
 
 
 @pytest.mark.parametrize("fault", ["memory", "weights", "architecture"])
-def test_a_failed_constructor_leaves_torch_as_it_was(model_path, tmp_path, fault):
-    """Trap: a failed constructor that leaves torch's default dtype or device changed."""
+def test_trap_a_failed_constructor_leaves_torch_changed(model_path, tmp_path, fault):
     before = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), torch.is_grad_enabled()
     if fault == "memory":
         with pytest.raises(ValueError):

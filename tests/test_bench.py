@@ -1,0 +1,225 @@
+"""The benchmarks measure what they say they do. A tiny model and very little of everything; no figure is judged."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nanovllm import LLM
+from nanovllm.bench import Size, run, steps
+from nanovllm.bench.report import Report
+from nanovllm.bench.serving import Workload
+from nanovllm.bench.timing import best_of, stopwatch, watch_others
+from nanovllm.layers.linear import Linear
+
+SMALL = Size(
+    dtypes=("float32",),
+    batch_sizes=(1, 4),
+    context_len=32,
+    prompt_len=40,
+    profiled=((2, 32),),
+    step_rounds=3,
+    num_requests=7,
+    prompt_lens=(4, 24),
+    output_lens=(2, 12),
+    num_sharing=5,
+    prefix_len=64,
+    static_batch_size=3,
+    serving_rounds=2,
+    num_kv_blocks=64,
+    num_planned=16,
+    planning_steps=5,
+)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench") / "results.jsonl"
+
+
+@pytest.fixture(scope="module")
+def report(model_path, out) -> Report:
+    return run(model_path, out=out, size=SMALL)
+
+
+def test_every_part_is_measured(report):
+    assert [record["measurement"] for record in report.records] == [
+        "environment",
+        "decode step, batch 1",
+        "decode step, batch 4",
+        "prefill, 40 tokens",
+        "attention in a decode step, batch 2, context 32",
+        "7 requests, against generate",
+        "7 requests, against generate_batch",
+        "5 requests that share 64 tokens, against generate",
+        "planning a step, 16 sequences (median)",
+        "peak memory beyond imports, model and KV cache",
+    ]
+
+
+def test_the_lines_in_the_file_are_the_records(report, out):
+    assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == report.records
+
+
+def test_figures_are_positive(report):
+    for record in report.records[1:]:
+        figures = [record["value"]] if record["unit"] != "MB" else []
+        for name in ("milliseconds", "tokens_per_second"):
+            figures += record.get(name, {}).values()
+        assert all(figure > 0 for figure in figures), record
+
+
+def test_the_environment_is_told(report):
+    environment = report.records[0]
+    assert environment["threads"] == torch.get_num_threads()
+    assert all(environment[name] for name in ("cpu", "cores", "torch", "transformers", "date", "model"))
+
+
+def test_every_side_gives_the_same_tokens(report):
+    """Greedy, in float32. If one side did less work than another, their speeds would say nothing."""
+    same = {record["measurement"]: record["same_answers"] for record in report.records if "same_answers" in record}
+    assert list(same.values()) == [7, 7, 5]
+
+
+def test_both_configurations_are_told(report):
+    settings = next(r["settings"] for r in report.records if "generate_batch" in r["measurement"])
+    ours, theirs = settings["nanovllm"], settings["generate_batch"]
+    assert ours["num_kv_blocks"] == theirs["num_blocks"] == 64
+    assert ours["block_size"] == theirs["page_size"] == 16
+    assert ours["max_num_batched_tokens"] == theirs["max_batch_tokens"]
+
+
+def test_the_parts_of_a_step_make_up_the_step(report):
+    parts = dict(next(r["milliseconds"] for r in report.records if r["measurement"].startswith("attention")))
+    step = parts.pop("step")
+    assert sum(parts.values()) == pytest.approx(step, abs=0.01)
+
+
+def test_memory_adds_up(report):
+    record = report.records[-1]
+    sizes = record["megabytes"]
+    assert record["value"] == sizes["peak"] - sizes["imports"] - sizes["model"] - sizes["kv_cache"]
+    assert sizes["peak"] > sizes["imports"] + sizes["kv_cache"]  # the cache was really used
+
+
+@pytest.mark.parametrize("fixture", ["tiny_qwen3_path", "tiny_llama_path"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_floor_multiplies_every_weight_once(fixture, dtype, request, monkeypatch):
+    path = request.getfixturevalue(fixture)
+    floor = steps.Floor(LLM(path, dtype=dtype, num_kv_blocks=8).engine.model_runner.model)
+    calls = []
+    monkeypatch.setattr(steps.F, "linear", lambda x, weight: calls.append((len(x), weight)))
+    floor.sides(num_tokens=7, num_sampled=2)["F.linear"]()
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    theirs = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert sum(weight.numel() for _, weight in calls) == sum(weight.numel() for weight in theirs)
+    total = sum(weight.double().sum().item() for _, weight in calls)
+    expected = sum(weight.to(getattr(torch, dtype)).double().sum().item() for weight in theirs)
+    assert total == pytest.approx(expected, rel=1e-6)  # the very same weights
+    assert [rows for rows, _ in calls] == [7] * (len(calls) - 1) + [2]  # the head has sampled rows alone
+    assert len(calls) == 2 * 4 + 1  # merged as in the model
+
+
+def test_the_floor_computes_what_the_model_does(model_path):
+    """Plain and prepacked products of the same inputs agree, so both are products with the same weights."""
+    model = LLM(model_path, num_kv_blocks=8).engine.model_runner.model
+    floor = steps.Floor(model)
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    for linear, weight in zip(linears, floor.weights, strict=True):
+        x = torch.randn(3, weight.size(1))
+        torch.testing.assert_close(linear(x), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("num_seqs, context_len", [(1, 10), (5, 33)])
+def test_a_measured_step_is_a_decode_of_all_sequences(model_path, num_seqs, context_len):
+
+    llm = LLM(model_path, num_kv_blocks=64)
+    batches = []
+    with steps.decoding(llm, num_seqs, context_len, random.Random(0)):
+        for _ in range(2):
+            batches.append(llm.engine.step()[0])
+    for i, batch in enumerate(batches):
+        assert [s.num_new_tokens for s in batch.scheduled] == [1] * num_seqs
+        assert [s.num_computed_tokens + 1 for s in batch.scheduled] == [context_len + i] * num_seqs
+    assert not llm.has_unfinished_requests()
+
+
+def test_a_prefill_finds_nothing_in_the_cache(model_path):
+
+    llm = LLM(model_path, num_kv_blocks=64)
+    generator = random.Random(0)
+    computed = []
+    schedule = llm.engine.scheduler.schedule
+    llm.engine.scheduler.schedule = lambda: computed.append(schedule()) or computed[-1]
+    for _ in range(3):
+        steps.prefill(llm, 40, generator)
+    assert [batch.num_tokens for batch in computed] == [40, 40, 40]
+
+
+def test_the_workload_is_the_same_every_time():
+    work = Workload.make(SMALL.num_sharing, SMALL.prefix_len, 1000, SMALL)
+    assert work == Workload.make(SMALL.num_sharing, SMALL.prefix_len, 1000, SMALL)
+    assert all(prompt[:64] == work.prompts[0][:64] for prompt in work.prompts)
+    assert all(4 <= len(prompt) - 64 <= 24 for prompt in work.prompts)
+    assert all(2 <= n <= 12 for n in work.output_lens)
+    assert len({tuple(prompt[64:68]) for prompt in work.prompts}) == len(work.prompts)
+
+
+def test_sides_take_turns():
+    calls = []
+    best_of({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    assert calls == ["a", "b"] * 4  # one to warm up
+
+
+def test_the_stopwatch_leaves_objects_as_they_were(model_path):
+    llm = LLM(model_path, num_kv_blocks=8)
+    before = dict(vars(llm.engine.scheduler))
+    with pytest.raises(KeyboardInterrupt), stopwatch(steps.parts_of(llm)) as seconds:
+        llm.generate([[1, 2, 3]], use_tqdm=False)
+        raise KeyboardInterrupt
+    assert all(value > 0 for value in seconds.values())
+    assert vars(llm.engine.scheduler) == before
+    assert not any("forward" in vars(module) for module in llm.engine.model_runner.model.modules())
+
+
+def test_a_busy_machine_is_noticed():
+
+    program = "import time\nwhile True: pass"
+    busy = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        with watch_others() as load:
+            time.sleep(1.0)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert load["others_cores"] > 0.3
+
+
+@pytest.mark.parametrize("others_cores, is_said", [(0.02, False), (0.8, True)])
+def test_a_busy_machine_is_said(others_cores, is_said):
+    report = Report()
+    report.add({"measurement": "environment"})
+    report.add({"measurement": "m", "dtype": "float32", "value": 1.0, "unit": "ms", "others_cores": others_cores})
+    assert any("0.8 of its cores busy" in line for line in report.table()) is is_said
+
+
+@pytest.mark.parametrize(
+    "bar, row",
+    [
+        ({"at_least": 1.0}, "| m | float32 | 0.98 x | ≥ 1 | no |"),
+        ({"at_least": 0.9}, "| m | float32 | 0.98 x | ≥ 0.9 | yes |"),
+        ({"at_most": 2.0}, "| m | float32 | 0.98 x | ≤ 2 | yes |"),
+        ({}, "| m | float32 | 0.98 x |  |  |"),
+    ],
+)
+def test_the_table_says_what_is_reached(bar, row):
+    report = Report()
+    report.add({"measurement": "environment"})
+    report.add({"measurement": "m", "dtype": "float32", "value": 0.98, "unit": "x", **bar})
+    assert list(report.table())[2] == row
