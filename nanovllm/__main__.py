@@ -97,12 +97,17 @@ def run_lab(args: argparse.Namespace) -> None:
             f"there is no {notebook}: the notebooks come with the repository; install it with `pip install -e .`"
         )
     resolve_model(None)  # fetched now, with a progress bar, so that the first cell need not wait for it
-    options = [f"--port={args.port}", "--ContentsManager.pre_save_hook=nanovllm.lessons.saving.drop_live_entries"]
+    options = [
+        f"--port={args.port}",
+        f"--ServerApp.root_dir={NOTEBOOKS}",
+        f"--LabApp.default_url=/lab/tree/{notebook.name}",  # so that the printed address opens it, too
+        "--ContentsManager.pre_save_hook=nanovllm.lessons.saving.drop_live_entries",
+    ]
     if args.no_browser:
         options.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.append("--allow-root")  # as in a container; Jupyter would refuse otherwise
-    jupyter_lab([str(notebook), *options])
+    jupyter_lab(options)
 
 
 def run_generate(args: argparse.Namespace) -> None:

@@ -76,7 +76,6 @@ def test_blocks_that_hold_nothing_are_taken_again_first():
     a = make_sequence("aaaa bbbb cccc")
     compute(blocks, a)
     blocks.release(a)
-    assert a.block_table == [] and a.num_computed_tokens == 0
     assert list(blocks.free) == [0, 1, 2, 3, 4, 5]
     assert ref_counts(blocks) == [0] * 6
 
@@ -86,6 +85,7 @@ def test_cached_blocks_go_to_the_end_of_the_queue_tail_before_head_and_the_other
     a = make_sequence("aaaa bbbb cccc d")
     assert compute(blocks, a) == [0, 1, 2, 3]
     blocks.release(a)
+    assert (a.block_table, a.num_computed_tokens, a.num_entered_blocks) == ([], 0, 0)
     assert list(blocks.free) == [3, 4, 5, 6, 2, 1, 0]
 
 
@@ -191,6 +191,14 @@ def test_a_prefix_is_found_only_up_to_the_first_difference():
     assert hits(blocks, "aaaa bXbb cccc dddd e") == [0]
     assert hits(blocks, "Xaaa bbbb cccc dddd e") == []
     assert hits(blocks, "bbbb cccc dddd e") == [], "keys and values depend on all that came before"
+
+
+def test_what_a_sequence_computes_after_a_hit_is_found_as_well():
+    blocks = BlockManager(8, 4)
+    a, b = make_sequence("aaaa bbbb"), make_sequence("aaaa bbbb cccc d")
+    compute(blocks, a)
+    assert admit(blocks, b) == [0, 1] and b.block_table == [0, 1, 2, 3]
+    assert hits(blocks, "aaaa bbbb cccc e") == [0, 1, 2]
 
 
 def test_the_last_token_is_never_found_for_one_must_be_computed():

@@ -83,13 +83,13 @@ def test_blocks_are_taken_as_chunks_are_computed():
 
 def test_prefill_and_decode_share_one_budget_and_decode_comes_first():
     scheduler = make_scheduler(budget=6)
-    a, b, c = add(scheduler, "a", "bbbb bb", "cccc")
+    add(scheduler, "a", "bbbb bb", "cccc cc")
     batches = [step(scheduler) for _ in range(4)]
     assert [shares(batch) for batch in batches] == [
         [(0, 0, 1), (1, 0, 5)],  # b gets what a leaves over
         [(0, 1, 1), (1, 5, 1), (2, 0, 4)],
-        [(0, 2, 1), (1, 6, 1), (2, 4, 1)],
-        [(0, 3, 1), (1, 7, 1), (2, 5, 1)],
+        [(0, 2, 1), (1, 6, 1), (2, 4, 2)],
+        [(0, 3, 1), (1, 7, 1), (2, 6, 1)],
     ]
     assert ids(scheduler.running) == [0, 1, 2] and not scheduler.waiting
 
@@ -304,8 +304,7 @@ def test_what_was_planned_after_a_stop_token_is_dropped():
 def test_nobody_in_flight_is_preempted_and_who_finds_no_room_sits_a_step_out():
     scheduler = make_scheduler(num_blocks=2)
     a, b = add(scheduler, "aaaa", "bbbb", max_tokens=3)
-    first = scheduler.schedule()
-    second = scheduler.schedule()
+    first, second = scheduler.schedule(), scheduler.schedule()
     assert shares(second) == [] and second.preempted == [] and b.block_table == [1]
     scheduler.update(first, [7, 8])
     third = scheduler.schedule()
@@ -488,9 +487,8 @@ class Run:
             for _ in range(self.random.choice([1, 4, 6])):
                 self.add(prompt + self.random.choice([[], [], [4], [self.random.randrange(VOCAB_SIZE)]]))
         elif kind == "abort" and self.unfinished:
-            self.abort(
-                self.random.choice(self.random.choice([scheduler.running, scheduler.waiting]) or self.unfinished)
-            )
+            queue = self.random.choice([scheduler.running, scheduler.waiting]) or self.unfinished
+            self.abort(self.random.choice(queue))
         elif len(self.in_flight) > self.lag or (self.in_flight and self.random.random() < 0.2):
             self.take_in()
         else:
@@ -549,9 +547,10 @@ class Run:
             assert finished == [s.seq for s in batch.scheduled if s.seq.is_finished and not before[s.seq]]
             self.events["surplus token"] += sum(before.values())
             return
-        self.scheduler.fail(batch)
-        while self.in_flight:  # those after it had its results to work on
-            self.scheduler.fail(self.in_flight.popleft()[0])
+        failed = [batch] + [later for later, _ in self.in_flight]  # those after it had its results to work on
+        self.in_flight.clear()
+        for batch in failed if self.random.random() < 0.5 else failed[::-1]:
+            self.scheduler.fail(batch)
         self.events["failed step"] += 1
         self.has_failed = True
 
@@ -561,6 +560,8 @@ class Run:
         scheduler, scheduled = self.scheduler, [s.seq for s in batch.scheduled]
         assert batch.num_tokens <= scheduler.max_num_batched_tokens
         assert all(s.num_new_tokens > 0 for s in batch.scheduled) and len(set(scheduled)) == len(scheduled)
+        ends = [s.num_computed_tokens + s.num_new_tokens for s in batch.scheduled]
+        assert all(end < seq.max_num_tokens for end, seq in zip(ends, scheduled)), "the last token is not fed back"
         assert all(seq in scheduler.running for seq in scheduled)
         assert batch.preempted == running[len(running) - len(batch.preempted) :][::-1], "the last admitted first"
         assert batch.admitted == waiting[: len(batch.admitted)] and not (batch.admitted and batch.preempted)
@@ -571,8 +572,7 @@ class Run:
             return  # some may sit this step out
         assert scheduled == survivors + batch.admitted, "whoever runs takes part, so that nobody starves"
         assert batch.preempted or scheduled or not self.unfinished, "there was something to do"
-        if not self.has_failed:
-            assert scheduled[:1] == running[:1] or not running, "the oldest goes on"
+        assert scheduled[:1] == running[:1] or not running, "the oldest goes on"
         num_left = scheduler.max_num_batched_tokens - batch.num_tokens
         if scheduler.waiting and scheduler.free_rows and num_left and not batch.preempted:
             hits = self.blocks.find(scheduler.waiting[0])

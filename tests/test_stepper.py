@@ -86,7 +86,7 @@ def test_an_error_is_a_sentence_and_the_stepper_stays_usable(stepper):
 def test_markup_in_texts_is_shown_as_text(stepper):
     stepper.add_request([7] * 4, LONG)
     stepper.step()
-    stepper.llm.engine.requests[0].text = "<b>bold</b>"
+    stepper.texts[0] = "<b>bold</b>"
     stepper._refresh()
     assert "&lt;b&gt;bold&lt;/b&gt;" in shown(stepper) and "<b>bold" not in shown(stepper)
 

@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench.report import Report
@@ -112,13 +113,11 @@ class Generate:
 class GenerateBatch:
     """transformers' `generate_batch`, by the manager underneath, which takes an output length for each request."""
 
-    def __init__(self, model: Any, settings: dict[str, int]) -> None:
-        from transformers import ContinuousBatchingConfig, GenerationConfig
-
+    def __init__(self, model: Any, settings: dict[str, Any]) -> None:
         self.model = model
         self.configs = {
-            "generation_config": GenerationConfig(do_sample=False, eos_token_id=-1),  # none, but it must be a number
-            "continuous_batching_config": ContinuousBatchingConfig(**settings),
+            "generation_config": transformers.GenerationConfig(do_sample=False, eos_token_id=-1),  # -1 is none
+            "continuous_batching_config": transformers.ContinuousBatchingConfig(**settings),
         }
 
     def run(self, work: Workload) -> Answers:
@@ -140,18 +139,19 @@ class GenerateBatch:
 
 def load_peer(path: Path, load_format: str, dtype: str) -> Any:
     """The same model in transformers, set to answer greedily and to ignore the end of the sequence."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
     if load_format == "dummy":
-        model = AutoModelForCausalLM.from_config(load_hf_config(path), dtype=getattr(torch, dtype))
+        model = transformers.AutoModelForCausalLM.from_config(load_hf_config(path), dtype=getattr(torch, dtype))
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
     return model.eval()
 
 
 def measure_serving(report: Report, path: Path, load_format: str, dtype: str, size: "Size") -> None:
     """Output tokens per second for requests that have nothing in common, and for some that share a prefix."""
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        report.progress(f"requests are left out: transformers {transformers.__version__} is too old, 5.17 is needed")
+        return
     report.progress(f"{dtype}: loading the model, for nanovllm and for transformers")
     llm = LLM(path, load_format=load_format, dtype=dtype, device="cpu", num_kv_blocks=size.num_kv_blocks)
     config, peer = llm.engine.config, load_peer(path, load_format, dtype)
@@ -198,6 +198,7 @@ def compare(
             for side_name, side in sides.items():
                 report.progress(f"{dtype}: {name}, {side_name}, run {i + 1} of {rounds}")
                 answers = side.run(work)
+                assert [len(token_ids) for token_ids in answers.token_ids] == work.output_lens
                 if side_name not in best or answers.seconds < best[side_name].seconds:
                     best[side_name] = answers
     engine = best.pop("nanovllm")

@@ -16,6 +16,7 @@ def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: i
 def free_memory(device: torch.device) -> int:
     """Bytes that the engine may still take on `device`."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an engine before us gave back, torch may still hold
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 

@@ -107,7 +107,7 @@ def attend_decodes(
     key = k_cache.view(-1, head_dim).index_select(0, group.cache_rows).view(shape)  # [n, num_kv_heads, L, head_dim]
     value = v_cache.view(-1, head_dim).index_select(0, group.cache_rows).view(shape)
     query = query.view(shape)  # [n, num_kv_heads, heads of the group, head_dim]
-    return F.scaled_dot_product_attention(query, key, value, group.mask, scale=scale).view(n, num_heads, head_dim)
+    return F.scaled_dot_product_attention(query, key, value, group.mask, scale=scale).reshape(n, num_heads, head_dim)
 
 
 def attend_prefill(

@@ -19,7 +19,7 @@ that computes the same logits and exponentials; and since the dart always falls 
 a token of weight zero.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ NO_TOKEN = -1  # the answer for a row with a NaN or an infinite maximum: nothing
 
 # A nucleus is nearly always this small. To rank the whole vocabulary takes eight times as long on a CPU.
 USUAL_NUCLEUS = 1024
+
+# A CPU samples so many rows at a time. All at once are no faster, and need hundreds of megabytes in between.
+CPU_ROWS = 16
 
 
 @dataclass(slots=True)
@@ -79,6 +82,11 @@ class SamplingBatch:
             open_nucleus=bool((is_random & (top_k == 0) & (top_p < 1)).any()),
         )
 
+    def rows(self, rows: slice) -> "SamplingBatch":
+        """A part of the batch. What the host knows of the whole is not wrong for it, if perhaps more than it needs."""
+        tensors = ("temperature", "top_k", "top_p", "min_p", "uniform")
+        return replace(self, **{name: getattr(self, name)[rows] for name in tensors})
+
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """Choose a token for each row.
@@ -90,12 +98,20 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """
     best, token_ids = logits.max(dim=-1)  # [n], [n]: NaN counts as the largest
     if not batch.all_greedy:
-        weights = _weights(logits, best, batch.temperature)
-        if batch.truncates:
-            weights = _truncate(weights, batch)
+        num_rows = CPU_ROWS if logits.device.type == "cpu" else len(logits)
+        parts = [slice(i, i + num_rows) for i in range(0, len(logits), num_rows)]
+        drawn = torch.cat([_sample_randomly(logits[rows], best[rows], batch.rows(rows)) for rows in parts])
         is_greedy = batch.temperature.squeeze(-1) == 0
-        token_ids = torch.where(is_greedy, token_ids, _draw(weights, batch.uniform))
+        token_ids = torch.where(is_greedy, token_ids, drawn)
     return token_ids.masked_fill(~best.isfinite(), NO_TOKEN)
+
+
+def _sample_randomly(logits: torch.Tensor, best: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """A token for each row as if all were random: [n] int64. `best` are the rows' largest logits, [n]."""
+    weights = _weights(logits, best, batch.temperature)
+    if batch.truncates:
+        weights = _truncate(weights, batch)
+    return _draw(weights, batch.uniform)
 
 
 def _weights(logits: torch.Tensor, best: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

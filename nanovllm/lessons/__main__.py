@@ -14,7 +14,6 @@ import nbformat
 from nbclient import NotebookClient
 
 from nanovllm.lessons.guard import problems
-from nanovllm.lessons.pictures import draw_all
 from nanovllm.lessons.saving import drop_from
 from nanovllm.lessons.series import GENERATED, NOTEBOOKS
 
@@ -42,6 +41,8 @@ def main() -> int:
 
     paths = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     if args.command == "run":
+        from nanovllm.lessons.pictures import draw_all  # this loads torch and the model
+
         draw_all(NOTEBOOKS / "images")
         for path in paths:
             if not args.numbers or path.name[:2] in args.numbers:

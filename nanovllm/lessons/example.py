@@ -1,7 +1,7 @@
 """The running example: the same four requests, with the same letters and colours, in every chapter."""
 
 OPENING = "You are a patient teacher. You answer every question in one short sentence.\n\n"
-"""What A and B begin with. It is 16 tokens of the default model's tokenizer: one block of the KV cache."""
+"""What A and B begin with. In the default model's tokens it is a block of 16, and one more line break."""
 
 PROMPTS = {
     "A": OPENING + "Question: What is a cat?\nAnswer:",  # 27 tokens

@@ -82,7 +82,9 @@ class Snapshot:
         return f"The KV cache as a row of blocks: {self.sentence}" + "".join(f"; {words}" for words in used) + "."
 
     def __str__(self) -> str:
-        lines = [self.sentence, "request  status   tokens  computed  block table"]
+        lines = [self.sentence]
+        if self.requests:
+            lines.append("request  status   tokens  computed  block table")
         for r in self.requests:
             table = list(r.block_table)
             lines.append(f"{r.name:<7}  {r.status:<7}  {r.num_tokens:>6}  {r.num_computed_tokens:>8}  {table}")

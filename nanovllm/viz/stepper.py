@@ -12,10 +12,10 @@ from nanovllm.viz.snapshot import MAX_DRAWN_BLOCKS, BlockState, Snapshot
 from nanovllm.viz.theme import colour, ink_on, letter, picture_bundle
 
 CELL = (
-    "display:inline-flex;flex-direction:column;width:5.2em;margin:0 6px 6px 0;text-align:center;"
+    "display:inline-flex;flex-direction:column;vertical-align:top;width:6.4em;margin:0 6px 6px 0;text-align:center;"
     "font-size:12px;line-height:1.5;color:var(--jp-ui-font-color1,#222)"
 )
-BOX = "height:2.2em;border:1px solid var(--jp-border-color1,#888);display:flex;flex-direction:column;overflow:hidden"
+BOX = "height:3.2em;border:1px solid var(--jp-border-color1,#888);display:flex;flex-direction:column;overflow:hidden"
 
 
 class Stepper:
@@ -136,11 +136,13 @@ class Stepper:
         more = len(snapshot.blocks) - MAX_DRAWN_BLOCKS
         rest = f"<div>and {more} blocks more</div>" if more > 0 else ""
         self._blocks.value = (
-            f'<div role="img" aria-label="{escape(snapshot.alt)}" style="max-width:48em">{cells}{rest}</div>'
+            f'<div role="img" aria-label="{escape(snapshot.alt)}" style="max-width:56em;margin-top:8px">{cells}{rest}</div>'
         )
 
     def _requests_html(self, snapshot: Snapshot) -> str:
         texts = {self.names[i]: request.text for i, request in self.llm.engine.requests.items()}
+        if not (snapshot.requests or self.texts):
+            return ""
         rows = [
             [badge(r.name), r.status, r.num_tokens, r.num_computed_tokens, list(r.block_table), escape(texts[r.name])]
             for r in snapshot.requests
@@ -186,7 +188,7 @@ def block_html(index: int, block: BlockState, block_size: int) -> str:
         width = f"{100 * block.filled / block_size:.0f}%"
         bands = "".join(
             f'<div style="flex:1;width:{width};background:{colour(name)};color:{ink_on(colour(name))};'
-            f'font-weight:bold;line-height:1.1;text-align:left;padding-left:3px;box-sizing:border-box">{name}</div>'
+            f'font-weight:bold;line-height:1.3;text-align:left;padding-left:3px;box-sizing:border-box">{name}</div>'
             for name in block.owners
         )
     else:

@@ -1,0 +1,140 @@
+"""The first chapter in a real JupyterLab, as a reader has it: run all cells, press the stepper's buttons, save."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nanovllm.lessons.saving import WIDGET
+from nanovllm.lessons.series import NOTEBOOKS
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+
+ARGUMENTS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+SERVE = "import nanovllm.__main__ as m, pathlib; m.NOTEBOOKS = pathlib.Path({folder!r}); m.main({arguments})"
+MINUTES = 60_000  # Playwright counts milliseconds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the notebooks: JupyterLab saves what it has open."""
+    return Path(shutil.copytree(NOTEBOOKS, tmp_path_factory.mktemp("lab") / "notebooks"))
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    """`nanovllm lab` on that copy; yields the address that it prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder.parent / "log.txt"
+    code = SERVE.format(folder=str(folder), arguments=["lab", "--no-browser", "--port", str(port)])
+    with log.open("w") as file:
+        server = subprocess.Popen([sys.executable, "-c", code], stdout=file, stderr=file, cwd=folder.parent)
+    try:
+        for _ in range(600):
+            found = re.search(r"http://127\.0\.0\.1\S+\?token=\w+", log.read_text())
+            if found:
+                break
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.2)
+        assert found, log.read_text()
+        yield found.group()
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(address: str) -> Iterator["sync_api.Page"]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.goto(address)
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
+        run_all(page)
+        yield page
+        browser.close()
+
+
+def run_all(page: "sync_api.Page") -> None:
+    """Run all cells, and wait until the kernel is idle again with every cell done."""
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name=re.compile("^Run All Cells$")).click()
+    deadline = time.time() + 240
+    while time.time() < deadline:
+        time.sleep(1)
+        prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
+        idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").count()
+        if idle and not any("*" in prompt for prompt in prompts):
+            return
+    raise AssertionError("the notebook did not finish in four minutes")
+
+
+def stepper(page: "sync_api.Page") -> "sync_api.Locator":
+    return page.locator(".jp-OutputArea-output").filter(has=page.get_by_role("button", name="Step", exact=True)).first
+
+
+def test_every_cell_runs(page):
+    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    assert page.locator(".jp-CodeCell").count() >= 20
+
+
+def test_the_stepper_steps(page):
+    area = stepper(page)
+    area.scroll_into_view_if_needed()
+    status = area.get_by_role("status")
+    area.get_by_role("textbox", name="Prompt").fill("The sun rises in the")
+    area.get_by_role("button", name="Add a request").click()
+    sync_api.expect(status).to_contain_text("waits", timeout=MINUTES)
+    area.get_by_role("button", name="Step", exact=True).click()
+    sync_api.expect(status).to_contain_text("computed", timeout=MINUTES)
+    sync_api.expect(area.get_by_role("table")).to_contain_text("running")
+    sync_api.expect(area.get_by_role("img", name=re.compile("KV cache"))).to_be_visible()
+
+
+def test_the_stepper_by_keyboard(page):
+    area = stepper(page)
+    before = area.get_by_role("status").inner_text()
+    cells = page.locator(".jp-Cell").count()
+    area.get_by_role("button", name="Step", exact=True).focus()
+    page.keyboard.press("Enter")
+    sync_api.expect(area.get_by_role("status")).not_to_have_text(before, timeout=MINUTES)
+    area.get_by_role("textbox", name="Prompt").fill("")
+    area.get_by_role("textbox", name="Prompt").press_sequentially("a b")  # `a` and `b` insert cells in Lab's command mode
+    assert page.locator(".jp-Cell").count() == cells
+
+
+def test_an_error_is_a_sentence(page):
+    area = stepper(page)
+    area.get_by_role("textbox", name="Prompt").fill("")
+    area.get_by_role("button", name="Add a request").click()
+    sync_api.expect(area.get_by_role("status")).to_contain_text("The engine refused: the prompt is empty", timeout=MINUTES)
+    area.get_by_role("button", name="Run", exact=True).click()
+    sync_api.expect(area.get_by_role("status")).to_contain_text("is finished", timeout=MINUTES)
+
+
+def test_a_saved_notebook_keeps_pictures_and_drops_live_entries(page, folder):
+    page.keyboard.press("Control+s")
+    path = folder / "00_quickstart.ipynb"
+    for _ in range(100):
+        notebook = json.loads(path.read_text())
+        if "Added" in json.dumps(notebook) or path.stat().st_mtime > (NOTEBOOKS / path.name).stat().st_mtime:
+            break
+        time.sleep(0.2)
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    assert not any(WIDGET in output.get("data", {}) for output in outputs)
+    assert any(output.get("metadata", {}).get("image/png", {}).get("widget") == "Stepper" for output in outputs)
+    assert "widgets" not in notebook["metadata"]
