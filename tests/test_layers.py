@@ -81,15 +81,14 @@ ROPES = {"default": dict(rope_type="default"), "linear": dict(rope_type="linear"
 @pytest.mark.parametrize("head_dim", [16, 64, 80])
 def test_rope_equals_that_of_transformers(rope, head_dim):
     sizes = dict(hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=2048)
-    config = LlamaConfig(rope_parameters={"rope_theta": 10000.0, **ROPES[rope]}, **sizes)
+    config = LlamaConfig(rope_theta=10000.0, rope_scaling=ROPES[rope], **sizes)  # every transformers knows these
     positions = torch.tensor([0, 1, 2, 63, 64, 500, 2047])
     q, k = torch.randn(7, 4, head_dim), torch.randn(7, 2, head_dim)
     their_cos, their_sin = LlamaRotaryEmbedding(config)(q, positions[None])
     expected = apply_rotary_pos_emb(q, k, their_cos[0], their_sin[0], unsqueeze_dim=1)
     cos, sin = RotaryEmbedding(config)(positions, torch.float32)
-    torch.testing.assert_close(
-        (rotate(q, cos, sin), rotate(k, cos, sin)), expected, rtol=0, atol=5e-5
-    )  # an angle of 2,000 radians has no more digits
+    # An angle of 2,000 radians has no more digits.
+    torch.testing.assert_close((rotate(q, cos, sin), rotate(k, cos, sin)), expected, rtol=0, atol=5e-5)
 
 
 def test_llama3_rope_slows_down_the_slow_pairs_only():

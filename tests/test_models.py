@@ -17,7 +17,6 @@ from tests.conftest import SIZES, save_random_model
 from tests.paged import PagedModel
 
 LLAMA3 = dict(
-    rope_theta=10000.0,
     rope_type="llama3",
     factor=8.0,
     low_freq_factor=1.0,
@@ -36,7 +35,10 @@ VARIANTS = {
         LlamaForCausalLM,
         LlamaConfig(tie_word_embeddings=False, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3, **SIZES),
     ),
-    "llama3-scaling": lambda: (LlamaForCausalLM, LlamaConfig(rope_parameters=LLAMA3, head_dim=24, **SIZES)),
+    "llama3-scaling": lambda: (
+        LlamaForCausalLM,
+        LlamaConfig(rope_theta=10000.0, rope_scaling=LLAMA3, head_dim=24, **SIZES),
+    ),
 }
 
 

@@ -311,6 +311,15 @@ def test_nobody_in_flight_is_preempted_and_who_finds_no_room_sits_a_step_out():
     assert shares(third) == [(0, 4, 1)] and third.preempted == [b] and a.block_table == [0, 1]
 
 
+def test_nobody_is_admitted_while_one_that_runs_finds_no_room():
+    scheduler = make_scheduler(num_blocks=6, budget=10)
+    a, b, c, d = add(scheduler, "aaaa", "bbbb", "cccc cccc cccc cccc", "d")
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert shares(first) == [(0, 0, 4), (1, 0, 4), (2, 0, 2)]
+    assert shares(second) == [(0, 4, 1), (1, 4, 1)] and second.preempted == [], "c needs two blocks, and one is left"
+    assert free_blocks(scheduler) == [5] and second.admitted == [], "it would have been enough for d"
+
+
 def test_two_steps_in_flight_fail():
     scheduler = make_scheduler(num_blocks=8)
     (a,) = add(scheduler, "aaaa bbbb")

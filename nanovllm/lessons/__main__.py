@@ -1,7 +1,8 @@
 """The maintenance command: the only thing that writes the notebooks' outputs.
 
-python -m nanovllm.lessons run [00 …]   draw the pictures, execute the chapters and save them
-python -m nanovllm.lessons check        say what is wrong with the saved ones
+python -m nanovllm.lessons run [00 …]   execute the chapters and save them
+python -m nanovllm.lessons draw         draw the pictures that stand in their texts
+python -m nanovllm.lessons check        say what is wrong with what is saved
 """
 
 import argparse
@@ -36,14 +37,16 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute and save")
     run.add_argument("numbers", nargs="*", metavar="NN", help="chapters, such as 00 (default: all)")
+    commands.add_parser("draw", help="draw the pictures of the texts")
     commands.add_parser("check", help="verify what is saved")
     args = parser.parse_args()
 
     paths = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    if args.command == "run":
-        from nanovllm.lessons.pictures import draw_all  # this loads torch and the model
+    if args.command == "draw":
+        from nanovllm.lessons.pictures import draw_all  # this loads torch and runs the model
 
         draw_all(NOTEBOOKS / "images")
+    if args.command == "run":
         for path in paths:
             if not args.numbers or path.name[:2] in args.numbers:
                 start = time.perf_counter()
