@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from nanovllm import LLM
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.lessons import OPENING, PROMPTS, guard, series, show, source
-from nanovllm.lessons.__main__ import normalise
+from nanovllm.lessons.__main__ import execute, normalise
 from nanovllm.lessons.checks import NotAttempted, attempted, exercise
 from nanovllm.lessons.pictures import ARROWS, PARTS
 from nanovllm.lessons.saving import WIDGET, drop_live_entries
@@ -26,7 +26,12 @@ ROOT = Path(__file__).parent.parent
 
 def test_running_example_has_the_lengths_that_the_chapters_count_on():
     tokenizer = load_tokenizer(resolve_model(None))
-    assert {name: len(tokenizer.encode(prompt)) for name, prompt in PROMPTS.items()} == {"A": 27, "B": 27, "C": 40, "D": 5}
+    assert {name: len(tokenizer.encode(prompt)) for name, prompt in PROMPTS.items()} == {
+        "A": 27,
+        "B": 27,
+        "C": 40,
+        "D": 5,
+    }
     a, b = tokenizer.encode(PROMPTS["A"]), tokenizer.encode(PROMPTS["B"])
     assert a[:22] == b[:22] and a[22] != b[22]
     assert tokenizer.decode(a[:17]) == OPENING
@@ -126,6 +131,27 @@ def test_jupyter_calls_the_hook_by_the_name_that_lab_gives_it(tmp_path):
     model = {"type": "notebook", "content": notebook_with()}
     manager.run_pre_save_hooks(model=model, path="a.ipynb")
     assert "widgets" not in model["content"]["metadata"]
+
+
+def test_execute_saves_a_picture_without_its_live_widget(tmp_path):
+    code = """
+import os
+import ipywidgets
+class Picture:
+    def _repr_mimebundle_(self, **kwargs):
+        return ipywidgets.Label("live")._repr_mimebundle_() | {"text/plain": "a picture"}
+print(os.path.basename(os.getcwd()))
+Picture()"""
+    cells = [new_code_cell(code, id="picture"), new_markdown_cell("by hand", id="navigation")]
+    path = tmp_path / "00_quickstart.ipynb"
+    nbformat.write(new_notebook(cells=cells), path)
+    execute(path)
+    notebook = nbformat.read(path, as_version=4)
+    stream, picture = notebook.cells[0].outputs
+    assert stream.text == tmp_path.name + "\n"  # a chapter runs in its own folder
+    assert picture.data == {"text/plain": "a picture"}
+    assert [cell.id for cell in notebook.cells] == ["picture", "navigation"]
+    assert notebook.cells[1].source == navigation("00_quickstart")
 
 
 def test_normalise_keeps_tags_alone():

@@ -135,11 +135,11 @@ class Scheduler:
         batch.scheduled.append(ScheduledSequence(seq, start, num_new_tokens, samples))
         self.block_manager.enter(seq)
 
-    def _preempt(self) -> Sequence:
+    def _preempt(self, forget: bool = False) -> Sequence:
         """Send the last running sequence back to wait. Its tokens stay; keys and values are computed again later."""
         seq = self.running.pop()
         self.waiting.appendleft(seq)
-        self._release(seq, Status.WAITING)
+        self._release(seq, Status.WAITING, forget)
         return seq
 
     # -- Learning what it gave -----------------------------------------------------------------------------------------
@@ -183,17 +183,18 @@ class Scheduler:
             self._release(seq, Status.FINISHED)
 
     def fail(self, batch: Batch) -> None:
-        """A launched step failed: what it should have computed is not there. Its sequences wait to be computed again."""
-        for scheduled in reversed(batch.scheduled):
+        """A launched step failed: what it should have computed is not there. All who run wait to be computed again.
+
+        Results are told in the order of launching, and a step that was launched after one that failed has failed too.
+        """
+        for scheduled in batch.scheduled:
             seq = scheduled.seq
             seq.num_in_flight -= 1
             seq.num_tokens = len(seq.token_ids)
-            if seq.status is Status.RUNNING:
-                self.running.remove(seq)
-                self.waiting.appendleft(seq)
-                self._release(seq, Status.WAITING, forget=True)
-            elif seq.status is Status.FINISHED and seq.num_in_flight == 0:
+            if seq.status is Status.FINISHED and seq.num_in_flight == 0:
                 self._release(seq, Status.FINISHED, forget=True)
+        while self.running:
+            self._preempt(forget=True)
 
     def _release(self, seq: Sequence, status: Status, forget: bool = False) -> None:
         seq.status = status

@@ -16,9 +16,13 @@ def check_bytes_per_token(answer: Callable[..., Any], random: random.Random) -> 
         ("SmolLM2-135M in float32", dict(num_layers=30, num_kv_heads=3, head_dim=64, bytes_per_number=4)),
     ]
     for _ in range(10):
-        sizes = (random.randint(1, 99), random.randint(1, 16), random.choice([64, 80, 128]), random.choice([1, 2, 4]))
-        names = ("num_layers", "num_kv_heads", "head_dim", "bytes_per_number")
-        models.append(("a made-up model", dict(zip(names, sizes))))
+        made_up = dict(
+            num_layers=random.randint(1, 99),
+            num_kv_heads=random.randint(1, 16),
+            head_dim=random.choice([64, 80, 128]),
+            bytes_per_number=random.choice([1, 2, 4]),
+        )
+        models.append(("a made-up model", made_up))
     for name, sizes in models:
         right = 2 * sizes["num_layers"] * sizes["num_kv_heads"] * sizes["head_dim"] * sizes["bytes_per_number"]
         got = attempted(answer(**sizes))

@@ -72,7 +72,9 @@ def outputs(cell_outputs: list[Any]) -> list[str]:
 
 def local_names(text: str) -> list[str]:
     """Absolute paths, and the name of the machine that it was run on."""
-    found = [f"it holds an absolute path: {text[max(0, m.start() - 20):m.end() + 30]!r}" for m in ABSOLUTE.finditer(text)]
+    found = [
+        f"it holds an absolute path: {text[max(0, m.start() - 20):m.end() + 30]!r}" for m in ABSOLUTE.finditer(text)
+    ]
     host = socket.gethostname()
     if len(host) > 3 and re.search(rf"\b{re.escape(host)}\b", text):
         found.append(f"it holds the name of this machine, {host}")

@@ -51,7 +51,7 @@ class Stepper:
         self._blocks = widgets.HTML()
         row = widgets.Layout(flex_flow="row wrap", align_items="center")
         controls = [self._step_button, self._run_button, self._prompt, self._add_button]
-        self.widget = widgets.VBox([widgets.HBox(controls, layout=row), self._message, self._requests, self._blocks])
+        self.widget = widgets.VBox([widgets.HBox(controls, layout=row), self._message, self._blocks, self._requests])
         self._refresh()
 
     # -- What the buttons do -------------------------------------------------------------------------------------------
@@ -135,9 +135,7 @@ class Stepper:
         cells = "".join(block_html(i, block, snapshot.block_size) for i, block in enumerate(drawn(snapshot)))
         more = len(snapshot.blocks) - MAX_DRAWN_BLOCKS
         rest = f"<div>and {more} blocks more</div>" if more > 0 else ""
-        self._blocks.value = (
-            f'<div role="img" aria-label="{escape(snapshot.alt)}" style="max-width:56em;margin-top:8px">{cells}{rest}</div>'
-        )
+        self._blocks.value = f'<div role="img" aria-label="{escape(snapshot.alt)}" style="max-width:56em;margin-top:8px">{cells}{rest}</div>'
 
     def _requests_html(self, snapshot: Snapshot) -> str:
         texts = {self.names[i]: request.text for i, request in self.llm.engine.requests.items()}
@@ -148,13 +146,13 @@ class Stepper:
             for r in snapshot.requests
         ]
         rows += [[badge(self.names[i]), "finished", "", "", "", escape(text)] for i, text in self.texts.items()]
-        heads = ["request", "status", "tokens", "computed", "block table", "answer so far"]
+        heads = ["request", "status", "tokens", "computed", "block&nbsp;table", "answer so far"]
         body = "".join("<tr>" + "".join(f'<td style="{TD}">{cell}</td>' for cell in row) + "</tr>" for row in rows)
         head = "".join(f'<th scope="col" style="{TD}">{name}</th>' for name in heads)
         return f'<table style="border-collapse:collapse"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-TD = "text-align:left;padding:2px 14px 2px 0;vertical-align:top"
+TD = "text-align:left;padding:2px 14px 2px 0;vertical-align:top;line-height:1.5;min-width:3.2em"
 
 
 def what_changed(before: Snapshot, after: Snapshot, finished: list[str]) -> str:

@@ -17,7 +17,7 @@ INK = "#222222"
 QUIET = "#6b6b6b"
 EMPTY = "#f2f2f2"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",  # not transparent: a figure must be readable on a dark page, too
     "figure.dpi": 110,
     "font.size": 10,

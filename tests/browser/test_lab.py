@@ -45,7 +45,9 @@ def address(folder: Path) -> Iterator[str]:
     settings = folder.parent / "settings"
     notebook_settings = settings / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     notebook_settings.parent.mkdir(parents=True)
-    notebook_settings.write_text(json.dumps({"windowingMode": "none"}))  # all cells are in the page, not the visible ones
+    notebook_settings.write_text(
+        json.dumps({"windowingMode": "none"})
+    )  # all cells are in the page, not the visible ones
     environment = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(settings)}
     with log.open("w") as file:
         server = subprocess.Popen(
@@ -117,7 +119,9 @@ def test_the_stepper_by_keyboard(page):
     page.keyboard.press("Enter")
     sync_api.expect(area.get_by_role("status")).not_to_have_text(before, timeout=MINUTES)
     area.get_by_role("textbox", name="Prompt").fill("")
-    area.get_by_role("textbox", name="Prompt").press_sequentially("a b")  # `a` and `b` insert cells in Lab's command mode
+    area.get_by_role("textbox", name="Prompt").press_sequentially(
+        "a b"
+    )  # `a` and `b` insert cells in Lab's command mode
     assert page.locator(".jp-Cell").count() == cells
 
 
@@ -125,7 +129,9 @@ def test_an_error_is_a_sentence(page):
     area = stepper(page)
     area.get_by_role("textbox", name="Prompt").fill("")
     area.get_by_role("button", name="Add a request").click()
-    sync_api.expect(area.get_by_role("status")).to_contain_text("The engine refused: the prompt is empty", timeout=MINUTES)
+    sync_api.expect(area.get_by_role("status")).to_contain_text(
+        "The engine refused: the prompt is empty", timeout=MINUTES
+    )
     area.get_by_role("button", name="Run", exact=True).click()
     sync_api.expect(area.get_by_role("status")).to_contain_text("is finished", timeout=MINUTES)
 
