@@ -33,6 +33,14 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+ALL_THREADS = torch.get_num_threads()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A tiny model has nothing to share between threads: they would only wait for each other."""
+    fixtures = getattr(item, "fixturenames", ())
+    torch.set_num_threads(ALL_THREADS if "default_model_path" in fixtures else 1)
+
 
 @pytest.fixture(scope="session")
 def tiny_qwen3_path(tmp_path_factory) -> Path:

@@ -31,6 +31,8 @@ class DecodeGroup:
         torch.Tensor
     )  # [n * num_kv_heads * L]: where their K/V lie in a cache of [slots * num_kv_heads, head_dim]
     mask: torch.Tensor  # [n, 1, 1, L]: 0 where there is a token, -inf where there is padding
+    key: torch.Tensor  # [n, num_kv_heads, L, head_dim]: room for what is gathered
+    value: torch.Tensor  # the same
 
 
 @dataclass(slots=True)
@@ -101,13 +103,12 @@ def attend_decodes(
 ) -> torch.Tensor:
     """One query a sequence, `[n, num_heads, head_dim]`, for all sequences of a group at once."""
     n, num_heads, head_dim = query.shape
-    num_kv_heads = k_cache.size(2)
     # The rows come out in the order that attention wants, all tokens of a KV head together: no transposing.
-    shape = (n, num_kv_heads, -1, head_dim)
-    key = k_cache.view(-1, head_dim).index_select(0, group.cache_rows).view(shape)  # [n, num_kv_heads, L, head_dim]
-    value = v_cache.view(-1, head_dim).index_select(0, group.cache_rows).view(shape)
-    query = query.view(shape)  # [n, num_kv_heads, heads of the group, head_dim]
-    return F.scaled_dot_product_attention(query, key, value, group.mask, scale=scale).reshape(n, num_heads, head_dim)
+    torch.index_select(k_cache.view(-1, head_dim), 0, group.cache_rows, out=group.key.view(-1, head_dim))
+    torch.index_select(v_cache.view(-1, head_dim), 0, group.cache_rows, out=group.value.view(-1, head_dim))
+    query = query.view(n, k_cache.size(2), -1, head_dim)  # [n, num_kv_heads, heads that share one, head_dim]
+    output = F.scaled_dot_product_attention(query, group.key, group.value, group.mask, scale=scale)
+    return output.reshape(n, num_heads, head_dim)
 
 
 def attend_prefill(
@@ -165,7 +166,9 @@ def plan_decodes(context: Context, k_cache: torch.Tensor, seqs: list[int]) -> De
     slots = slots_of(context.block_tables[rows], positions * is_token, context.block_size)  # [n, L]
     heads = torch.arange(num_kv_heads, device=device).unsqueeze(1)  # [num_kv_heads, 1]
     mask = torch.zeros(is_token.shape, dtype=k_cache.dtype, device=device).masked_fill_(~is_token, float("-inf"))
-    return DecodeGroup(rows, (slots.unsqueeze(1) * num_kv_heads + heads).flatten(), mask[:, None, None])
+    # Memory for all layers: to ask the system for a large piece in every layer takes longer than to fill it.
+    key, value = k_cache.new_empty(2, len(seqs), num_kv_heads, len(positions), k_cache.size(3))
+    return DecodeGroup(rows, (slots.unsqueeze(1) * num_kv_heads + heads).flatten(), mask[:, None, None], key, value)
 
 
 def plan_prefill(context: Context, k_cache: torch.Tensor, seq: int, rows: slice, context_len: int) -> Prefill:
