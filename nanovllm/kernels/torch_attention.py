@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from nanovllm.utils.context import Context
 
-# Decodes are computed together, padded to the longest. From this many padding slots on it is faster to start another
-# group (measured: about 60 us for a group, 0.15 us for a slot).
+# Decodes are computed together, padded to the longest. From about this many slots of padding on it is faster to start
+# another group: on two CPU cores a group takes some 60 us a layer, a slot 0.15.
 MAX_PADDING = 512
 
 
@@ -152,7 +152,7 @@ def group_by_length(context_lens: list[int]) -> list[list[int]]:
             groups.append([])
             padding, longest = 0, context_lens[i]
         groups[-1].append(i)
-    return groups if len(groups) > 1 else [list(range(len(context_lens)))] if groups else []
+    return groups
 
 
 def plan_decodes(context: Context, k_cache: torch.Tensor, seqs: list[int]) -> DecodeGroup:
@@ -160,21 +160,21 @@ def plan_decodes(context: Context, k_cache: torch.Tensor, seqs: list[int]) -> De
     # Indexing with a slice is a view, with a tensor a copy; most steps have a single group.
     rows = slice(0, len(seqs)) if len(seqs) == context.num_decodes else torch.tensor(seqs, device=device)
     context_lens = context.context_lens[rows].unsqueeze(1)  # [n, 1]
-    positions = torch.arange(int(context_lens.max()), device=device)  # [L]
-    is_token = positions < context_lens  # [n, L]
+    longest = int(context_lens.max())
+    is_token = torch.arange(longest, device=device) < context_lens  # [n, L]
+    slots = slots_of(context.block_tables[rows], longest, context.block_size)  # [n, L]
     # Padding reads the sequence's own first token. Its weight will be 0, but 0 * NaN is NaN: it must not read others'.
-    slots = slots_of(context.block_tables[rows], positions * is_token, context.block_size)  # [n, L]
+    slots = torch.where(is_token, slots, slots[:, :1])
     heads = torch.arange(num_kv_heads, device=device).unsqueeze(1)  # [num_kv_heads, 1]
     mask = torch.zeros(is_token.shape, dtype=k_cache.dtype, device=device).masked_fill_(~is_token, float("-inf"))
     # Memory for all layers: to ask the system for a large piece in every layer takes longer than to fill it.
-    key, value = k_cache.new_empty(2, len(seqs), num_kv_heads, len(positions), k_cache.size(3))
+    key, value = k_cache.new_empty(2, len(seqs), num_kv_heads, longest, k_cache.size(3))
     return DecodeGroup(rows, (slots.unsqueeze(1) * num_kv_heads + heads).flatten(), mask[:, None, None], key, value)
 
 
 def plan_prefill(context: Context, k_cache: torch.Tensor, seq: int, rows: slice, context_len: int) -> Prefill:
+    slots = slots_of(context.block_tables[seq : seq + 1], context_len, context.block_size).squeeze(0)
     query_len = rows.stop - rows.start
-    positions = torch.arange(context_len, device=k_cache.device).unsqueeze(0)  # [1, context_len]
-    slots = slots_of(context.block_tables[seq : seq + 1], positions, context.block_size).squeeze(0)
     if query_len == context_len:
         return Prefill(rows, slots, mask=None)
     # New token i stands at position context_len - query_len + i, and sees what stands there and before.
@@ -182,6 +182,8 @@ def plan_prefill(context: Context, k_cache: torch.Tensor, seq: int, rows: slice,
     return Prefill(rows, slots, hidden.triu_(context_len - query_len + 1))
 
 
-def slots_of(block_tables: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
-    """The slots of the tokens at `positions`, `[n, L]`, of sequences with these `block_tables`, `[n, max_blocks]`."""
-    return block_tables.long().gather(1, positions // block_size) * block_size + positions % block_size
+def slots_of(block_tables: torch.Tensor, num_tokens: int, block_size: int) -> torch.Tensor:
+    """The slots of the first tokens of each sequence, `[n, num_tokens]`; `block_tables` is `[n, max_blocks]`."""
+    blocks = block_tables[:, : -(-num_tokens // block_size)].long().unsqueeze(2)  # [n, blocks, 1]
+    offsets = torch.arange(block_size, device=blocks.device)
+    return (blocks * block_size + offsets).flatten(1)[:, :num_tokens]
