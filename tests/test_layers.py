@@ -227,12 +227,12 @@ def check_attention(
 ) -> None:
     """Run a step through the attention layer and compare each sequence with dense attention.
 
-    Blocks are scattered at random. All slots that hold no token are NaN. Sequences begin with `num_shared` blocks that
+    Blocks are scattered at random. All slots that hold no token are NaN, those of block 0 always. Sequences begin with `num_shared` blocks that
     are the same; if nobody has computed them yet, the longest prefill does, in this very step.
     """
     tables, keys, values = [], [], []
     num_blocks = sum(-(-n // block_size) for n in context_lens) + 5
-    free = torch.randperm(num_blocks).tolist()
+    free = (1 + torch.randperm(num_blocks - 1)).tolist()
     shared = [free.pop() for _ in range(num_shared)]
     shared_kv = torch.randn(2, num_shared * block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
     for context_len in context_lens:

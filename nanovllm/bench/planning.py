@@ -40,7 +40,7 @@ def measure_planning(report: Report, size: "Size") -> None:
     record = {
         "measurement": f"planning a step, {size.num_planned} sequences (median)",
         "dtype": "",
-        "value": statistics.median(sum(step.values()) for step in steps),
+        "value": round(statistics.median(sum(step.values()) for step in steps), 3),
         "unit": "ms",
         "at_most": BAR,
         "milliseconds": {name: round(statistics.median(step[name] for step in steps), 3) for name in steps[0]},

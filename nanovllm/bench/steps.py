@@ -86,14 +86,14 @@ def measure_steps(report: Report, path: Path, load_format: str, dtype: str, size
         report.progress(f"{dtype}: {name}")
         with watch_others() as load, decoding(llm, n, context_len, generator), stopwatch(parts_of(llm)) as seconds:
             best = best_step(llm, seconds, size.step_rounds)
-        share = 100 * best["attention"] / best["step"]
+        share = round(100 * best["attention"] / best["step"], 1)
         record = {"measurement": name, "dtype": dtype, "value": share, "unit": "% of the step"}
         report.add(record | {"milliseconds": milliseconds(best)} | load)
     llm.close()
 
 
 def against_floor(name: str, dtype: str, best: dict[str, float], bar: float | None) -> dict[str, Any]:
-    speed = best["F.linear"] / best["engine"]
+    speed = round(best["F.linear"] / best["engine"], 3)
     record = {"measurement": name, "dtype": dtype, "value": speed, "unit": "x the F.linear floor"}
     return record | ({} if bar is None else {"at_least": bar}) | {"milliseconds": milliseconds(best)}
 

@@ -24,12 +24,13 @@ MAX_PADDING = 512
 
 @dataclass(slots=True)
 class DecodeGroup:
-    """Sequences with one new token each and contexts of similar length; n of them, the longest context is L."""
+    """Sequences with one new token each and contexts of similar length; n of them, the longest context is L.
+
+    A slot holds a row of `head_dim` numbers for each KV head. `cache_rows` counts such rows, not slots.
+    """
 
     rows: slice | torch.Tensor  # [n]: where they stand in the batch
-    cache_rows: (
-        torch.Tensor
-    )  # [n * num_kv_heads * L]: where their K/V lie in a cache of [slots * num_kv_heads, head_dim]
+    cache_rows: torch.Tensor  # [n * num_kv_heads * L]: where their K/V lie in the cache
     mask: torch.Tensor  # [n, 1, 1, L]: 0 where there is a token, -inf where there is padding
     key: torch.Tensor  # [n, num_kv_heads, L, head_dim]: room for what is gathered
     value: torch.Tensor  # the same
