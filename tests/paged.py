@@ -60,7 +60,7 @@ class PagedModel:
 
     @torch.inference_mode()
     def step(self, chunks: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-        """Compute the next tokens of some sequences, all in one flat batch. Logits of each, `[its tokens, vocab_size]`."""
+        """Compute the next tokens of some sequences in one flat batch; their logits, `[tokens, vocab_size]` each."""
         chunks = dict(sorted(chunks.items(), key=lambda item: len(item[1]) > 1))
         positions: list[int] = []
         for name, tokens in chunks.items():

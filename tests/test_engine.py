@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,10 @@ def test_greedy_matrix_on_tiny_models(tiny, budget, block_size):
             num_kv_blocks=-(-num_tokens // block_size),
             scheduler=CountingScheduler,
         )
-        assert run(llm, prompts, TINY, order) == expected, f"{order}, {caching=}, {tight=}"
+        # One by one takes the most steps, so a few tokens each must do.
+        params = replace(TINY, max_tokens=6) if order == "one by one" else TINY
+        answers = run(llm, prompts, params, order)
+        assert answers == [tokens[: params.max_tokens] for tokens in expected], f"{order}, {caching=}, {tight=}"
         counts = llm.engine.scheduler.counts
         assert counts["chunked"] or budget == 2048
         assert counts["cached"] or not caching

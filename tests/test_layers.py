@@ -227,8 +227,8 @@ def check_attention(
 ) -> None:
     """Run a step through the attention layer and compare each sequence with dense attention.
 
-    Blocks are scattered at random. All slots that hold no token are NaN, those of block 0 always. Sequences begin with `num_shared` blocks that
-    are the same; if nobody has computed them yet, the longest prefill does, in this very step.
+    Blocks are scattered at random. All slots that hold no token are NaN, those of block 0 always. Sequences begin with
+    `num_shared` blocks that are the same; if nobody has computed them yet, the longest prefill does, in this very step.
     """
     tables, keys, values = [], [], []
     num_blocks = sum(-(-n // block_size) for n in context_lens) + 5

@@ -1,4 +1,4 @@
-"""What it costs to plan a step: Python's part of the work, which grows with the number of sequences, not with the model."""
+"""What it costs to plan a step: Python's part of the work, which grows with the number of sequences."""
 
 import random
 import statistics

@@ -95,7 +95,7 @@ class Report:
         busiest = max(record.get("others_cores", 0.0) for record in self.records[1:])
         if busiest > BUSY:
             yield ""
-            yield f"This machine was not quiet: other programs kept up to {busiest:.1f} of its cores busy. Measure again."
+            yield f"The machine was not quiet: other programs kept up to {busiest:.1f} of its cores busy. Try again."
 
 
 def bar_of(record: Record) -> tuple[str, str]:

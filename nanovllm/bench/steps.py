@@ -44,7 +44,7 @@ class Floor:
         self.weights = [linear.weight if linear.packed is None else linear.packed.to_dense() for linear in linears]
 
     def sides(self, num_tokens: int, num_sampled: int) -> dict[str, Callable[[], None]]:
-        """The products of a step with so many tokens, plain and prepacked; the head has rows only for sampled tokens."""
+        """The products of a step of so many tokens, plain and prepacked; the head has rows for sampled tokens only."""
         shapes = [(num_sampled if is_head else num_tokens, w.size(1)) for is_head, w in zip(self.is_head, self.weights)]
         inputs = {shape: torch.randn(shape, dtype=self.weights[0].dtype) for shape in shapes}
 

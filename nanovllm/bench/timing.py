@@ -55,7 +55,7 @@ def stopwatch(parts: list[tuple[str, Any, str]]) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def watch_others() -> Iterator[dict[str, float]]:
-    """How many cores other programs kept busy during a `with` block: "others_cores", afterwards, in the dict it gives."""
+    """How many cores other programs kept busy during a `with` block: afterwards "others_cores" in the dict it gives."""
     load: dict[str, float] = {}
     start, others = perf_counter(), others_seconds()
     yield load

@@ -1,9 +1,9 @@
 """Paged attention in plain PyTorch: the reference, on any device.
 
-Keys and values lie in blocks that are scattered over the cache (Kwon et al. 2023, "Efficient Memory Management for Large
-Language Model Serving with PagedAttention"). Plain PyTorch cannot attend to scattered memory, so every layer first
-gathers what a sequence looks back on, then calls ordinary attention. *Where* that lies is the same in all layers: it is
-worked out once a step, in `plan`.
+Keys and values lie in blocks that are scattered over the cache (Kwon et al. 2023, "Efficient Memory Management for
+Large Language Model Serving with PagedAttention"). Plain PyTorch cannot attend to scattered memory, so every layer
+first gathers what a sequence looks back on, then calls ordinary attention. *Where* that lies is the same in all layers:
+it is worked out once a step, in `plan`.
 
 Grouped-query attention shares a KV head between several query heads. Those only read it, so nothing is copied for them:
 a decode puts the query heads of a group where ordinary attention has several queries, and a prefill expands the KV head

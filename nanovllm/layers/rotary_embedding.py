@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding").
 
-Each pair of dimensions (i, i + head_dim / 2) of a query or key is rotated by an angle that grows with its position, fast
-for the first pairs and slowly for the last. Their product then depends on the distance of two tokens alone.
+Each pair of dimensions (i, i + head_dim / 2) of a query or key is rotated by an angle that grows with its position,
+fast for the first pairs and slowly for the last. Their product then depends on the distance of two tokens alone.
 """
 
 import math
@@ -26,7 +26,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines for `rotate`, `[num_tokens, 1, head_dim]` each, of tokens at `positions`, `[num_tokens]`."""
+        """Cosines and sines for `rotate`, `[num_tokens, 1, head_dim]` each; `positions` is `[num_tokens]`."""
         angles = positions[:, None, None] * self.inverse_frequencies  # [num_tokens, 1, head_dim / 2]
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -42,7 +42,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def rope_settings(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """RoPE's settings, wherever the installed transformers keeps them; "rope_type" and "rope_theta" are always there."""
+    """RoPE's settings, wherever the installed transformers keeps them; always with "rope_type" and "rope_theta"."""
     settings = getattr(hf_config, "rope_parameters", None)  # transformers 5
     if settings is None:
         settings = {"rope_theta": hf_config.rope_theta} | (hf_config.rope_scaling or {})
@@ -53,7 +53,7 @@ def rope_settings(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 
 def rope_inverse_frequencies(settings: dict[str, Any], head_dim: int) -> torch.Tensor:
-    """Radians per token of each pair of dimensions, `[head_dim / 2]` float32, stretched for longer contexts if asked."""
+    """Radians per token of each pair of dimensions, `[head_dim / 2]` float32, scaled for longer contexts if asked."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     inverse_frequencies = 1.0 / settings["rope_theta"] ** exponents
     if settings["rope_type"] == "default":

@@ -14,7 +14,7 @@ MODELS: dict[str, type[nn.Module]] = {
 
 
 def get_model_class(hf_config: PretrainedConfig) -> type[nn.Module]:
-    """The class for a checkpoint, called with its config. ValueError if we would compute something else than it means."""
+    """The class for a checkpoint; call it with the config. ValueError if we would not compute what the config means."""
     architectures = hf_config.architectures or []
     model_class = next((MODELS[name] for name in architectures if name in MODELS), None)
     if model_class is None:

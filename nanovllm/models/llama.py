@@ -52,7 +52,7 @@ class LlamaDecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Adds what attention and the feed-forward network have to say to `x`, `[num_tokens, hidden_size]`, in place."""
+        """Adds to `x`, `[num_tokens, hidden_size]`, in place: what attention says, then the feed-forward network."""
         x += self.self_attn(self.input_layernorm(x), cos, sin)
         x += self.mlp(self.post_attention_layernorm(x))
 

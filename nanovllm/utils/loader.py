@@ -108,8 +108,8 @@ def weight_files(path: Path) -> list[Path]:
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise ValueError(
-            f"{path} lacks {', '.join(absent)}. Weights are read from safetensors files only; a pickle (*.bin, *.pt) is "
-            "never loaded, because it can run any code."
+            f"{path} lacks {', '.join(absent)}. Weights are read from safetensors files only; "
+            "a pickle (*.bin, *.pt) is never loaded, because it can run any code."
         )
     return files
 
