@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine, Request
 from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.trace import Trace
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | list[int]
@@ -150,6 +151,20 @@ class LLM:
     def abort(self, request_id: int) -> dict[str, Any]:
         """End a request now; returns its answer so far. KeyError if no unfinished request has this id."""
         return self.engine.abort(request_id)
+
+    def trace(self) -> Trace:
+        """Record every step from now on, for as long as a `with` block lasts or until the trace's `close`.
+
+        Example:
+            >>> with llm.trace() as trace:
+            ...     llm.generate(prompts)
+            >>> trace.blocks_at(3)  # every block of the KV cache after step 3
+        """
+        return self.engine.trace()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what the prefix cache holds: all blocks are as new. RuntimeError while requests are unfinished."""
+        self.engine.reset_prefix_cache()
 
     def has_unfinished_requests(self) -> bool:
         """Whether another `step` would do something."""

@@ -21,8 +21,7 @@ def compute(blocks: BlockManager, seq: Sequence, num_tokens: int | None = None) 
     """What the scheduler does for a step that computes the tokens of `seq` up to `num_tokens`. Returns its blocks."""
     num_tokens = len(seq.token_ids) if num_tokens is None else num_tokens
     assert blocks.allocate(seq, num_tokens)
-    seq.num_computed_tokens = num_tokens
-    blocks.enter(seq)
+    blocks.fill(seq, num_tokens - seq.num_computed_tokens)
     return seq.block_table
 
 
@@ -176,11 +175,10 @@ def test_only_full_blocks_that_are_computed_are_entered():
     assert hits(blocks, "aaaa bbbb cccc") == [0, 1]
     compute(blocks, a, 10)
     a.token_ids += tokens("c")
-    a.num_computed_tokens = 12  # the twelfth token is in flight: nobody knows yet what this block holds
-    blocks.enter(a)
+    blocks.fill(a, 2)  # the twelfth token is in flight: nobody knows yet what this block holds
     assert hits(blocks, "aaaa bbbb cccc d") == [0, 1]
     a.token_ids += tokens("c")
-    blocks.enter(a)
+    blocks.fill(a, 0)
     assert hits(blocks, "aaaa bbbb cccc d") == [0, 1, 2], "generated tokens are found as those of a prompt are"
 
 
@@ -513,8 +511,7 @@ def run_beside_plain_blocks(seed: int, num_operations: int, monkeypatch) -> Coun
             is_done = blocks.allocate(seq, num_tokens)
             assert is_done == plain.allocate(seq, num_tokens)
             if is_done:
-                seq.num_computed_tokens = num_tokens
-                blocks.enter(seq)
+                blocks.fill(seq, num_tokens - seq.num_computed_tokens)
                 plain.enter(seq, num_tokens)
         elif kind == "generate" and running:
             random.choice(running).token_ids.append(random.randrange(2))

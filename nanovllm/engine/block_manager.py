@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from xxhash import xxh64_intdigest
 
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.trace import BlockEvent
 
 
 @dataclass(slots=True)
@@ -55,6 +56,7 @@ class BlockManager:
         # The queue of free blocks, next to be taken first: those that hold nothing, then the cached, oldest first.
         # An ordered dict, because a block that is hit leaves from the middle.
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.events: list[BlockEvent] | None = None  # where every change is told while a trace is open: see trace.py
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -72,7 +74,18 @@ class BlockManager:
                 self._forget(block_id)  # evicted
             self.blocks[block_id].ref_count = 1
             seq.block_table.append(block_id)
+            self._tell("allocate", block_id, seq.id)
         return True
+
+    def fill(self, seq: Sequence, num_new_tokens: int) -> None:
+        """Count the next tokens of `seq` as computed: the step being scheduled puts them into its blocks."""
+        start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_new_tokens
+        seq.num_computed_tokens = end
+        if self.events is not None:
+            for i in range(start // self.block_size, self.num_blocks_for(end)):
+                self._tell("fill", seq.block_table[i], seq.id, min(end - i * self.block_size, self.block_size))
+        if self.enable_prefix_caching:
+            self._enter(seq)
 
     def release(self, seq: Sequence, forget: bool = False) -> None:
         """Give back all blocks of `seq`; with `forget`, because their step failed, their contents leave the cache too.
@@ -85,6 +98,7 @@ class BlockManager:
             if forget and block.hash is not None:
                 self._forget(block_id)
             block.ref_count -= 1
+            self._tell("free", block_id, seq.id)
             if block.ref_count == 0:
                 self.free[block_id] = None
                 if block.hash is None:
@@ -93,6 +107,14 @@ class BlockManager:
         seq.num_computed_tokens = 0
         seq.num_entered_blocks = 0
         seq.parent = seq.params.cache_salt or ""
+
+    def clear(self) -> None:
+        """Make all blocks as new, the prefix cache empty. Nobody may hold any."""
+        assert len(self.free) == self.num_blocks
+        self.blocks = [Block() for _ in range(self.num_blocks)]
+        self.cached = {}
+        self.free = OrderedDict.fromkeys(range(self.num_blocks))
+        self._tell("clear", 0)
 
     # -- The prefix cache ----------------------------------------------------------------------------------------------
 
@@ -124,17 +146,16 @@ class BlockManager:
             block.ref_count += 1
             seq.block_table.append(block_id)
             seq.parent = block.serial
+            self._tell("share", block_id, seq.id)
         seq.num_entered_blocks = len(hits)
         seq.num_computed_tokens = len(hits) * self.block_size
 
-    def enter(self, seq: Sequence) -> None:
+    def _enter(self, seq: Sequence) -> None:
         """Enter into the cache the blocks of `seq` that are full, counting what the step being scheduled will compute.
 
         This is early, but safe: whoever finds such a block runs in this step or later, and every layer stores the
         keys and values of a step before it attends. Content that is cached already is not entered a second time.
         """
-        if not self.enable_prefix_caching:
-            return
         num_known_tokens = min(seq.num_computed_tokens, len(seq.token_ids))
         for i in range(seq.num_entered_blocks, num_known_tokens // self.block_size):
             hash, token_ids = self._hash(seq, i)
@@ -147,6 +168,7 @@ class BlockManager:
                 block.hash, block.serial, block.parent, block.token_ids = hash, self.num_contents, seq.parent, token_ids
                 self.cached[hash] = block_id
                 self.num_contents += 1
+                self._tell("cache", block_id, seq.id, hash)
             seq.parent = self.blocks[block_id].serial
             seq.num_entered_blocks += 1
 
@@ -166,5 +188,12 @@ class BlockManager:
         assert block.hash is not None
         del self.cached[block.hash]
         block.hash, block.token_ids = None, None
+        self._tell("evict", block_id)
         if block_id in self.free:
             self.free.move_to_end(block_id, last=False)
+
+    # -- What is told ----------------------------------------------------------------------------------------------------
+
+    def _tell(self, kind: str, block_id: int, seq_id: int | None = None, value: int | None = None) -> None:
+        if self.events is not None:
+            self.events.append(BlockEvent(kind, block_id, seq_id, value))

@@ -4,20 +4,24 @@ import logging
 import secrets
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
+from time import perf_counter
 from typing import Any
+
+import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.recorder import Recorder, environment
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.trace import Trace
 from nanovllm.models import get_model_class
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checkpoint import load_eos_token_ids, load_hf_config, load_tokenizer
@@ -30,9 +34,10 @@ logger = logging.getLogger(__name__)
 class Request:
     """A sequence, and what its user gets to see of it."""
 
-    __slots__ = ("seq", "detokenizer", "logprobs")
+    __slots__ = ("prompt", "seq", "detokenizer", "logprobs")
 
-    def __init__(self, seq: Sequence, detokenizer: Detokenizer | None) -> None:
+    def __init__(self, prompt: str | None, seq: Sequence, detokenizer: Detokenizer | None) -> None:
+        self.prompt = prompt  # None: it was given as token ids
         self.seq = seq
         self.detokenizer = detokenizer
         self.logprobs: list[dict[int, float]] | None = None if seq.params.logprobs is None else []
@@ -83,6 +88,7 @@ class LLMEngine:
         self.block_manager = BlockManager(config.num_kv_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = (config.scheduler or Scheduler)(config, self.block_manager)
         self.requests: dict[int, Request] = {}  # those that are not finished
+        self.recorders: list[Recorder] = []  # one for each open trace
         self.num_steps = 0
         self._ids = count()
 
@@ -127,7 +133,8 @@ class LLMEngine:
         seq = Sequence(
             next(self._ids), token_ids, params, min(len(token_ids) + answer_len, max_model_len), stop_token_ids
         )
-        return Request(seq, Detokenizer(self.tokenizer, params.stop or ()) if self.tokenizer is not None else None)
+        detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, params.stop or ())
+        return Request(prompt if isinstance(prompt, str) else None, seq, detokenizer)
 
     def _check_token_id(self, name: str, token_id: Any) -> int:
         hint = f"the vocabulary has {self.vocab_size} tokens"
@@ -137,6 +144,8 @@ class LLMEngine:
         """Queue a request that `make_request` made; returns its id."""
         self.scheduler.add(request.seq)
         self.requests[request.seq.id] = request
+        for recorder in self.recorders:
+            recorder.add(request.seq, request.prompt)
         return request.seq.id
 
     def abort(self, request_id: int) -> dict[str, Any]:
@@ -145,7 +154,15 @@ class LLMEngine:
             raise KeyError(f"no unfinished request has the id {request_id!r}")
         request = self.requests.pop(request_id)
         self.scheduler.finish(request.seq, "abort")
+        self._record(finished=[request.seq])
         return request.output()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what the prefix cache holds: all blocks are as new. RuntimeError while requests are unfinished."""
+        if self.requests:
+            raise RuntimeError(f"{len(self.requests)} requests are unfinished; finish or abort them first")
+        self.block_manager.clear()
+        self._record()
 
     # -- Steps ---------------------------------------------------------------------------------------------------------
 
@@ -155,21 +172,29 @@ class LLMEngine:
         If it fails, it raises; the sequences that took part go back to the queue, as if it had never been.
         """
         with interrupts_deferred():
-            start = time.perf_counter()
+            start = perf_counter()
             batch = self.scheduler.schedule()
+            scheduled = perf_counter()
             if not batch.scheduled:
                 if self.requests and not batch.preempted:
                     raise RuntimeError(f"{type(self.scheduler).__name__} scheduled nothing, although requests wait")
+                if batch.preempted:
+                    self._record(batch)
                 return batch, []
             try:
                 launched = self.model_runner.launch(batch)
                 token_ids = launched.tokens()
-            except Exception:
+            except Exception as error:
                 self.scheduler.fail(batch)
+                self._record(batch, error=error)
                 raise
+            computed = perf_counter()
             self.scheduler.update(batch, token_ids)
             finished = self._show(batch, launched.logprobs)
-            self._log(batch, time.perf_counter() - start)
+            end = perf_counter()
+            times = {"schedule": scheduled - start, **launched.times, "update": end - computed}
+            self._record(batch, [request.seq for request in finished], times)
+            self._log(batch, end - start)
         return batch, finished
 
     def _show(self, batch: Batch, logprobs: dict[int, dict[int, float]]) -> list[Request]:
@@ -199,6 +224,35 @@ class LLMEngine:
             if not seq.is_finished:
                 self.scheduler.finish(seq, "stop")
             seq.finish_reason = "stop"
+
+    # -- What is told about them ---------------------------------------------------------------------------------------
+
+    def trace(self) -> Trace:
+        """Start to record: see `LLM.trace`."""
+        if not self.recorders:
+            self.block_manager.events = []
+        runner = self.model_runner
+        device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "CPU"
+        about = environment(torch=torch.__version__, device=device, dtype=str(runner.dtype).removeprefix("torch."))
+        text_of = None if self.tokenizer is None else lambda token_id: self.tokenizer.decode([token_id])
+        recorder = Recorder(self.config, about, self.block_manager, self.scheduler, text_of, self._stop_recording)
+        for request in self.requests.values():
+            recorder.add(request.seq, request.prompt)
+        self.recorders.append(recorder)
+        return recorder.trace
+
+    def _stop_recording(self, recorder: Recorder) -> None:
+        self.recorders.remove(recorder)
+        if not self.recorders:
+            self.block_manager.events = None
+
+    def _record(self, *what: Any, **more: Any) -> None:
+        """Tell all open traces what happened, and of the blocks that it changed."""
+        if self.recorders:
+            assert self.block_manager.events is not None
+            events, self.block_manager.events = self.block_manager.events, []
+            for recorder in self.recorders:
+                recorder.record(events, *what, **more)
 
     def _log(self, batch: Batch, seconds: float) -> None:
         self.num_steps += 1

@@ -2,6 +2,7 @@
 
 from itertools import chain
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ class LaunchedStep:
     def __init__(self, token_ids: torch.Tensor, logprobs: dict[int, dict[int, float]]) -> None:
         self._token_ids = token_ids  # [num_sampled]
         self.logprobs = logprobs  # sequence id -> token id -> log-probability, where a request asked for it
+        self.times: dict[str, float] = {}  # seconds for "prepare", "forward" and "sample"
 
     def tokens(self) -> list[int]:
         """The sampled tokens, one for each scheduled sequence with `samples`, in the order of the batch."""
@@ -69,16 +71,22 @@ class ModelRunner:
 
         Attention wants sequences with a single new token first, so the batch is put in that order.
         """
+        start = perf_counter()
         batch.scheduled.sort(key=lambda s: s.num_new_tokens > 1)
         input_ids, positions, context = self.prepare(batch)
+        prepared = perf_counter()
         with use_context(context):
             hidden_states = self.model(input_ids, positions)  # [num_tokens, hidden_size]
         samples = torch.tensor([s.samples for s in batch.scheduled], device=self.device)
         last_tokens = context.query_start[1:][samples] - 1
-        if len(last_tokens) == 0:
-            return LaunchedStep(last_tokens, {})
-        logits = self.model.compute_logits(hidden_states[last_tokens])  # type: ignore[operator]  # [num_sampled, vocab_size]
-        return self.sample([s.seq for s in batch.scheduled if s.samples], logits)
+        seqs = [s.seq for s in batch.scheduled if s.samples]
+        if seqs:  # none if all are in the middle of a long prompt
+            logits = self.model.compute_logits(hidden_states[last_tokens])  # type: ignore[operator]  # [num_sampled, vocab_size]
+        computed = perf_counter()
+        launched = self.sample(seqs, logits) if seqs else LaunchedStep(last_tokens, {})
+        sampled = perf_counter()
+        launched.times = {"prepare": prepared - start, "forward": computed - prepared, "sample": sampled - computed}
+        return launched
 
     def prepare(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Context]:
         """The tensors of a step: token ids and positions, `[num_tokens]` each, and what attention must know."""

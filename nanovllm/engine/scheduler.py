@@ -127,13 +127,12 @@ class Scheduler:
 
     def _add_to(self, batch: Batch, seq: Sequence, num_new_tokens: int) -> None:
         start = seq.num_computed_tokens
-        seq.num_computed_tokens = start + num_new_tokens
+        self.block_manager.fill(seq, num_new_tokens)
         samples = seq.num_computed_tokens == seq.num_tokens
         if samples:
             seq.num_tokens += 1
         seq.num_in_flight += 1
         batch.scheduled.append(ScheduledSequence(seq, start, num_new_tokens, samples))
-        self.block_manager.enter(seq)
 
     def _preempt(self, forget: bool = False) -> Sequence:
         """Send the last running sequence back to wait. Its tokens stay; keys and values are computed again later."""

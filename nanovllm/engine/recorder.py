@@ -1,0 +1,103 @@
+"""The recorder: watches an engine and writes down in a `Trace` what it does."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import fields
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nanovllm.config import Config
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduler import Batch, Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.trace import BlockEvent, Pool, Scheduled, Step, Trace, TracedRequest
+
+
+class Recorder:
+    """Writes a `Trace`. The engine calls it after every step, and when something happens between two."""
+
+    def __init__(
+        self,
+        config: Config,
+        environment: dict[str, str],
+        block_manager: BlockManager,
+        scheduler: Scheduler,
+        text_of: Callable[[int], str] | None,
+        on_close: Callable[["Recorder"], None],
+    ) -> None:
+        self.scheduler = scheduler
+        pool = look_at(block_manager, scheduler.running)
+        self.trace = Trace(describe(config), environment, pool, text_of, lambda: on_close(self))
+
+    def add(self, seq: Sequence, prompt: str | None) -> None:
+        """A request is queued, or was when the trace was opened."""
+        self.trace.requests[seq.id] = TracedRequest(seq.id, prompt, seq.prompt_token_ids, seq.output_token_ids)
+
+    def record(
+        self,
+        events: list[BlockEvent],
+        batch: Batch | None = None,
+        finished: list[Sequence] | None = None,
+        times: dict[str, float] | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """A step is done or has failed, or, without a batch, something happened between two."""
+        trace, batch, finished = self.trace, batch or Batch(), finished or []
+        sampled = {} if error else {s.seq.id: s.seq.token_ids[-1] for s in batch.scheduled if s.samples}
+        for seq in finished:
+            if seq.finish_reason == "abort":
+                sampled.pop(seq.id, None)  # it got no token
+        seconds = sum(times.values()) if times else 0.0
+        trace.steps.append(
+            Step(
+                index=len(trace.steps),
+                start=trace.now() - seconds,
+                scheduled=[Scheduled(s.seq.id, s.num_new_tokens, s.num_computed_tokens) for s in batch.scheduled],
+                waiting=[seq.id for seq in self.scheduler.waiting],
+                preempted=[seq.id for seq in batch.preempted],
+                finished=[seq.id for seq in finished],
+                block_events=events,
+                sampled=sampled,
+                times=times or {},
+                error=str(error) or type(error).__name__ if error else None,
+            )
+        )
+        for request_id, token_id in sampled.items():
+            trace.requests[request_id].output_token_ids.append(token_id)
+        for seq in finished:
+            trace.requests[seq.id].finish_reason = seq.finish_reason
+
+
+def look_at(block_manager: BlockManager, running: list[Sequence]) -> Pool:
+    """The blocks as they are when a trace is opened."""
+    pool = Pool(block_manager.num_blocks)
+    pool.hash = [block.hash for block in block_manager.blocks]
+    pool.filled = [0 if hash is None else block_manager.block_size for hash in pool.hash]
+    pool.free = block_manager.free.copy()
+    for seq in running:
+        pool.block_tables[seq.id] = tuple(seq.block_table)
+        for i, block in enumerate(seq.block_table):
+            pool.owners[block] += (seq.id,)
+            num_tokens = seq.num_computed_tokens - i * block_manager.block_size
+            pool.filled[block] = max(pool.filled[block], min(num_tokens, block_manager.block_size))
+    return pool
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The settings as plain data. Of the model's folder only the name: where it lies is nobody's business."""
+    settings = {f.name: getattr(config, f.name) for f in fields(config)}
+    settings["model"] = None if config.model is None else Path(config.model).name
+    settings["scheduler"] = getattr(config.scheduler, "__name__", None)
+    return settings
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Where and when a trace is recorded."""
+    return {
+        "nanovllm": version("nanovllm"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    } | more
