@@ -4,68 +4,17 @@ Greedy decoding in float32: one wrong slot, block or position anywhere, and the 
 """
 
 import itertools
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.scheduler import Scheduler
-from nanovllm.utils.checkpoint import load_tokenizer
-from nanovllm.utils.hub import resolve_model
 
-PROMPTS = json.loads((Path(__file__).parent / "prompts.json").read_text(encoding="utf-8"))
-LONGEST = 1500
-
-
-class CountingScheduler(Scheduler):
-    """Counts what happened, so that a test can say that it did."""
-
-    def __init__(self, config, block_manager):
-        super().__init__(config, block_manager)
-        self.counts = {"preempted": 0, "cached": 0, "chunked": 0, "mixed": 0}
-
-    def schedule(self):
-        batch = super().schedule()
-        self.counts["preempted"] += len(batch.preempted)
-        self.counts["cached"] += sum(seq.num_cached_tokens > 0 for seq in batch.admitted)
-        self.counts["chunked"] += sum(not s.samples for s in batch.scheduled)
-        kinds = {s.num_computed_tokens >= s.seq.num_prompt_tokens for s in batch.scheduled}
-        self.counts["mixed"] += len(kinds) == 2
-        return batch
-
-
-def encode(tokenizer, prompt) -> list[int]:
-    text = prompt.get("text")
-    if text is None:
-        text = tokenizer.apply_chat_template(prompt["messages"], tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(text)[:LONGEST]
-
-
-def run(llm: LLM, prompts: list[list[int]], params: SamplingParams, order: str) -> list[list[int]]:
-    """The tokens for each prompt, asked for one by one, all together, or all together in another order."""
-    if order == "one by one":
-        return [llm.generate([prompt], params, use_tqdm=False)[0]["token_ids"] for prompt in prompts]
-    indices = list(range(len(prompts)))
-    if order == "shuffled":
-        random.Random(5).shuffle(indices)  # an order in which a tight cache makes the engine preempt
-    outputs = llm.generate([prompts[i] for i in indices], params, use_tqdm=False)
-    tokens = {i: output["token_ids"] for i, output in zip(indices, outputs)}
-    return [tokens[i] for i in range(len(prompts))]
-
-
-def test_prompts_are_varied(default_model_path):
-    tokenizer = LLM(default_model_path, num_kv_blocks=8).engine.tokenizer
-    lengths = sorted(len(encode(tokenizer, prompt)) for prompt in PROMPTS)
-    assert len(PROMPTS) == 20 and len({p["name"] for p in PROMPTS}) == 20
-    assert lengths[0] == 1 and 1400 <= lengths[-1] <= LONGEST and len(set(lengths)) >= 15
-    assert any("messages" in prompt for prompt in PROMPTS)
-
+from .greedy import LONGEST, PROMPTS, CountingScheduler, encode, run
 
 # -- Tiny models: every setting with every other -------------------------------------------------------------------------
 
@@ -79,8 +28,7 @@ def tiny(request):
     tokenizer = LLM(path, num_kv_blocks=8).engine.tokenizer
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     # A byte is a token here, so the texts are cut: each prompt is as long as it is for the default model.
-    lengths = [len(encode(load_tokenizer(resolve_model(None)), prompt)) for prompt in PROMPTS]
-    prompts = [encode(tokenizer, prompt)[:length] for prompt, length in zip(PROMPTS, lengths)]
+    prompts = [encode(tokenizer, prompt)[: prompt["num_tokens"]] for prompt in PROMPTS]
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -174,72 +122,3 @@ def test_both_dtypes_run(model_path, dtype):
         (token_id,) = output["token_ids"]
         best = max(reference["logprobs"][0].values())
         assert reference["logprobs"][0].get(token_id, -99) > best - 0.1
-
-
-# -- The default model: a real one ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def real(default_model_path):
-    tokenizer = LLM(default_model_path, num_kv_blocks=8).engine.tokenizer
-    return default_model_path, [encode(tokenizer, prompt) for prompt in PROMPTS]
-
-
-@pytest.fixture(scope="module")
-def real_answers(real):
-    """64 tokens for each prompt, in the default setting."""
-    path, prompts = real
-    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
-    return run(LLM(path), prompts, params, "together")
-
-
-def test_greedy_on_the_default_model_equals_transformers(real, real_answers):
-    """transformers, shown a prompt and our answer at once, would have chosen each of our tokens next.
-
-    By induction that is what its own greedy generation gives, in a hundredth of the steps.
-    """
-    path, prompts = real
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    for prompt, answer in zip(prompts, real_answers):
-        assert len(answer) == 64
-        with torch.inference_mode():
-            logits = model(torch.tensor([prompt + answer]), logits_to_keep=65).logits[0, :-1]
-        assert logits.argmax(-1).tolist() == answer
-
-
-# Each pair of settings occurs together in one of these at least (checked below).
-PAIRWISE = [
-    # caching, budget, block size, tight, order
-    (True, 64, 1, False, "together"),
-    (False, 2048, 16, True, "shuffled"),
-    (False, 16, 32, False, "one by one"),
-    (True, 2048, 32, True, "together"),
-    (True, 64, 16, True, "one by one"),
-    (True, 16, 1, True, "shuffled"),
-    (False, 16, 16, False, "together"),
-    (False, 2048, 1, False, "one by one"),
-    (False, 64, 32, False, "shuffled"),
-]
-
-
-def test_the_settings_cover_every_pair():
-    values = [sorted(set(column), key=str) for column in zip(*PAIRWISE)]
-    for a, b in itertools.combinations(range(5), 2):
-        assert {(row[a], row[b]) for row in PAIRWISE} == set(itertools.product(values[a], values[b])), (a, b)
-
-
-@pytest.mark.parametrize("caching, budget, block_size, tight, order", PAIRWISE)
-def test_greedy_on_the_default_model_in_other_settings(real, real_answers, caching, budget, block_size, tight, order):
-    path, prompts = real
-    llm = LLM(
-        path,
-        max_num_batched_tokens=budget,
-        block_size=block_size,
-        enable_prefix_caching=caching,
-        num_kv_blocks=-(-(LONGEST + 16 if tight else 8192) // block_size),
-        scheduler=CountingScheduler,
-    )
-    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
-    assert run(llm, prompts, params, order) == [answer[:16] for answer in real_answers]
-    if tight and order == "shuffled":
-        assert llm.engine.scheduler.counts["preempted"] > 0

@@ -34,7 +34,9 @@ def chrome_events(trace: "Trace") -> list[dict[str, Any]]:
             "tokens": step.num_tokens,
         }
         for counter, value in counters.items():
-            events.append({"ph": "C", "pid": PROCESS, "name": counter, "ts": 1e6 * step.start, "args": {counter: value}})
+            events.append(
+                {"ph": "C", "pid": PROCESS, "name": counter, "ts": 1e6 * step.start, "args": {counter: value}}
+            )
     return events
 
 
