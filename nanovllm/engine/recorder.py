@@ -33,7 +33,14 @@ class Recorder:
 
     def add(self, seq: Sequence, prompt: str | None) -> None:
         """A request is queued, or was when the trace was opened."""
-        self.trace.requests[seq.id] = TracedRequest(seq.id, prompt, seq.prompt_token_ids, seq.output_token_ids)
+        self.trace.requests[seq.id] = TracedRequest(
+            id=seq.id,
+            arrival=len(self.trace.steps),
+            prompt=prompt,
+            prompt_token_ids=seq.prompt_token_ids,
+            output_token_ids=seq.output_token_ids,
+            num_computed_tokens=seq.num_computed_tokens,
+        )
 
     def record(
         self,

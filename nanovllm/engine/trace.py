@@ -117,10 +117,12 @@ class TracedRequest:
     """A request that took part. What it had generated before the trace was opened is in `output_token_ids` too."""
 
     id: int
+    arrival: int  # the number of steps that the trace had when it came
     prompt: str | None  # None: it was given as token ids
     prompt_token_ids: list[int]
     output_token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    num_computed_tokens: int = 0  # held by the cache when the trace was opened
 
 
 class Pool:
@@ -287,6 +289,10 @@ class Trace:
     def blocks_before(self) -> tuple[BlockState, ...]:
         """Every block when the trace was opened."""
         return self._keyframes[0].states()
+
+    def block_tables_before(self) -> dict[int, tuple[int, ...]]:
+        """The block table of each request that held blocks when the trace was opened."""
+        return self._keyframes[0].block_tables
 
     def _pool_after(self, index: int) -> Pool:
         if not -len(self.steps) <= index < len(self.steps):

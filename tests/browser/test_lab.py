@@ -16,14 +16,8 @@ import pytest
 from nanovllm.lessons.saving import WIDGET
 from nanovllm.lessons.series import NOTEBOOKS
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+from .chromium import ARGUMENTS, CHROMIUM, sync_api
 
-ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 SERVE = "import nanovllm.__main__ as m, pathlib; m.NOTEBOOKS = pathlib.Path({folder!r}); m.main({arguments})"
 MINUTES = 60_000  # Playwright counts in milliseconds
 
