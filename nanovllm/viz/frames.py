@@ -10,50 +10,73 @@ browser. A trace that is still growing is fine: its new steps are there when the
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, NamedTuple
 
-from nanovllm.engine.trace import BlockEvent, BlockState, Step, Trace
+from nanovllm.engine.trace import BlockState, Scheduled, Step, Trace
 from nanovllm.viz.theme import letter
 
 MAX_NAMED = 6  # a sentence names so many requests or blocks, then "and 12 more"
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFrame:
-    """A request after a step. What it did *in* the step stands in `num_new_tokens` and `num_hit_tokens`."""
+class RequestFrame(NamedTuple):
+    """A request after a step. What it did *in* the step stands in `work`, `num_new_tokens` and `num_hit_tokens`."""
 
     id: int
     name: str
-    status: str  # waiting, prefill, decode, preempted, finished or aborted
+    status: str  # waiting, prefill, decode, preempted, finished or aborted; one who runs: what it did last
     num_prompt_tokens: int
     num_tokens: int  # prompt and what has been generated
-    num_computed_tokens: int  # of these, those whose keys and values the cache holds
-    num_new_tokens: int  # computed in this step
-    num_hit_tokens: int  # found in the prefix cache in this step
-    block_table: tuple[int, ...]
+    num_computed_tokens: int  # of these, those whose keys and values the cache holds, or held at the end
+    block_table: tuple[int, ...] = ()
+    work: str = ""  # prefill or decode; nothing if it did not take part in this step
+    num_new_tokens: int = 0  # computed in this step
+    num_hit_tokens: int = 0  # found in the prefix cache in this step
+
+    @property
+    def is_running(self) -> bool:
+        return self.status in ("prefill", "decode")
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.status in ("waiting", "preempted")
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in ("finished", "aborted")
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Everything to see after a step."""
+    """Everything to see after a step, and before what happens next."""
 
     index: int  # of the step; -1 before the first
-    title: str  # "step 3"; "before step 0"; "after step 3" for what happened between two steps
+    title: str  # "step 3"; "after step 3" for what happened between two steps
     sentence: str
     requests: tuple[RequestFrame, ...]  # those that have come, in the order of coming
-    blocks: tuple[BlockState, ...]
     changed: frozenset[int]  # blocks that the step took, filled, shared, gave back or evicted
     num_tokens: int  # computed in the step
+    num_used_blocks: int
+    trace: Trace = field(repr=False)
 
     @property
-    def num_used_blocks(self) -> int:
-        return sum(block.ref_count > 0 for block in self.blocks)
+    def blocks(self) -> tuple[BlockState, ...]:
+        """Every block of the pool, computed anew each time: keep it if you need it twice."""
+        return self.trace.blocks_before() if self.index < 0 else self.trace.blocks_at(self.index)
 
     @property
     def num_kept_blocks(self) -> int:
         """Blocks that nobody holds, but that the prefix cache still finds."""
         return sum(block.ref_count == 0 and block.hash is not None for block in self.blocks)
+
+    @property
+    def summary(self) -> str:
+        """The whole in one line."""
+        running, waiting = sum(r.is_running for r in self.requests), sum(r.is_waiting for r in self.requests)
+        used = f"{self.num_used_blocks} of {self.trace.num_blocks} blocks in use"
+        return f"{running} running, {waiting} waiting, {used}, {self.num_kept_blocks} kept for the prefix cache"
 
 
 class Frames:
@@ -63,7 +86,8 @@ class Frames:
         self.trace = trace
         self.names = dict(names or {})
         self._frames: list[Frame] = []
-        self._requests: dict[int, RequestFrame] = {}  # as they were after the last frame that was made
+        self._num_owners = [block.ref_count for block in trace.blocks_before()]  # after the last frame that was made
+        self._block_tables = dict(trace.block_tables_before())
 
     def __len__(self) -> int:
         return len(self.trace.steps) + 1
@@ -74,17 +98,16 @@ class Frames:
         index %= len(self)
         while len(self._frames) <= index:
             self._frames.append(self._next())
-        # Requests that came after the last step are waiting already, though no step has seen them.
-        if index == len(self.trace.steps):
-            return self._with_newcomers(self._frames[index])
-        return self._frames[index]
+        return self._with_newcomers(self._frames[index])
 
     def name(self, request_id: int) -> str:
         """The letter of a request."""
-        while request_id not in self.names:  # in the order of coming, whoever is asked for first
-            newcomer = next(i for i in self.trace.requests if i not in self.names)
+        if request_id not in self.names:
             taken = set(self.names.values())
-            self.names[newcomer] = next(name for name in map(letter, range(len(taken) + 1)) if name not in taken)
+            free = (name for name in map(letter, count()) if name not in taken)
+            for newcomer in self.trace.requests:  # in the order of coming, whoever is asked for first
+                if newcomer not in self.names:
+                    self.names[newcomer] = next(free)
         return self.names[request_id]
 
     def fullest(self) -> int:
@@ -93,9 +116,13 @@ class Frames:
 
     def digest(self) -> str:
         """A fingerprint of all frames: it changes if any block changes hands anywhere. Times do not count."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.trace.blocks_before()).encode())
         for i in range(len(self)):
-            digest.update(repr((self[i].requests, self[i].blocks)).encode())
+            digest.update(repr([tuple(request) for request in self[i].requests]).encode())
+        for step, pool in zip(self.trace.steps, self.trace.pools()):
+            changed = sorted({event.block for event in step.block_events})
+            digest.update(repr([(b, pool.owners[b], pool.filled[b], pool.hash[b]) for b in changed]).encode())
+            digest.update(repr([b for b in changed if b in pool.free]).encode())
         return digest.hexdigest()[:12]
 
     # -- Making them -----------------------------------------------------------------------------------------------------
@@ -103,154 +130,202 @@ class Frames:
     def _next(self) -> Frame:
         index = len(self._frames) - 1
         if index < 0:
-            self._requests = {r.id: self._newcomer(r.id) for r in self.trace.requests.values() if r.arrival == 0}
-            blocks = self.trace.blocks_before()
-            return Frame(
-                -1, "before step 0", "Nothing has happened yet.", self._shown(), blocks, frozenset(), num_tokens=0
-            )
-        step = self.trace.steps[index]
-        for request in self.trace.requests.values():
-            if request.id not in self._requests and request.arrival <= index:
-                self._requests[request.id] = self._newcomer(request.id)
-        before = dict(self._requests)
-        self._follow(step)
-        return Frame(
-            index=index,
-            title=f"step {index}" if step.scheduled or step.preempted else f"after step {index - 1}",
-            sentence=self._tell(step, before),
-            requests=self._shown(),
-            blocks=self.trace.blocks_at(index),
-            changed=frozenset(event.block for event in step.block_events if event.kind != "clear"),
-            num_tokens=step.num_tokens if step.error is None else 0,
-        )
+            return self._frame(-1, "before the first step", "", (), frozenset(), 0)
+        step, last = self.trace.steps[index], self._frames[-1]
+        title = f"step {index}"
+        if not (step.scheduled or step.preempted):
+            title = f"after {last.title}" if last.title.startswith("step") else last.title
+        before = {request.id: request for request in self._with_newcomers(last).requests}
+        returned = self._follow_blocks(step)
+        shares = {} if step.error else {share.id: share for share in step.scheduled}
+        hits = {event.request for event in step.block_events if event.kind == "share"}
+        now = {i: self._follow(step, was, shares.get(i), i in hits) for i, was in before.items()}
+        sentence = Teller(step, before, now, returned).sentence()
+        changed = frozenset(event.block for event in step.block_events if event.kind != "clear")
+        return self._frame(index, title, sentence, tuple(now.values()), changed, 0 if step.error else step.num_tokens)
+
+    def _frame(self, index: int, title: str, sentence: str, requests: tuple[RequestFrame, ...], *more: Any) -> Frame:
+        num_used_blocks = len(self._num_owners) - self._num_owners.count(0)
+        return Frame(index, title, sentence, requests, *more, num_used_blocks, self.trace)
+
+    def _with_newcomers(self, frame: Frame) -> Frame:
+        """The frame with those requests, too, that came after its step and before the next."""
+        newcomers = [self._newcomer(r.id) for r in self.trace.requests.values() if r.arrival == frame.index + 1]
+        said = [frame.sentence] if frame.sentence else []
+        running, waiting = ([r.name for r in newcomers if r.is_running is runs] for runs in (True, False))
+        if running:
+            said.append(f"{listed(running)} {'runs' if len(running) == 1 else 'run'} already.")
+        if waiting:
+            said.append(f"{listed(waiting)} {'arrives' if len(waiting) == 1 else 'arrive'}.")
+        sentence = " ".join(said) or "Nothing has happened yet."
+        return replace(frame, sentence=sentence, requests=(*frame.requests, *newcomers))
 
     def _newcomer(self, request_id: int) -> RequestFrame:
         request = self.trace.requests[request_id]
-        runs = request.arrival == 0 and request_id in self.trace.block_tables_before()
-        num_outputs = len(request.output_token_ids) - sum(request_id in step.sampled for step in self.trace.steps)
-        num_tokens = len(request.prompt_token_ids) + num_outputs
+        num_prompt_tokens, num_tokens, table = len(request.prompt_token_ids), len(request.prompt_token_ids), ()
         status = "waiting"
-        if runs:
-            status = "decode" if num_outputs else "prefill"
+        if request.arrival == 0:  # it may have been there when the trace was opened
+            num_sampled = sum(request_id in step.sampled for step in self.trace.steps)
+            num_tokens += len(request.output_token_ids) - num_sampled
+            table = self.trace.block_tables_before().get(request_id, ())
+            generates = num_prompt_tokens < num_tokens
+            if table:
+                status = "decode" if generates and request.num_computed_tokens == num_tokens - 1 else "prefill"
+            elif generates:
+                status = "preempted"
+        num_computed = request.num_computed_tokens
         return RequestFrame(
-            id=request_id,
-            name=self.name(request_id),
-            status=status,
-            num_prompt_tokens=len(request.prompt_token_ids),
-            num_tokens=num_tokens,
-            num_computed_tokens=request.num_computed_tokens,
-            num_new_tokens=0,
-            num_hit_tokens=0,
-            block_table=self.trace.block_tables_before().get(request_id, ()),
+            request_id, self.name(request_id), status, num_prompt_tokens, num_tokens, num_computed, table
         )
 
-    def _with_newcomers(self, frame: Frame) -> Frame:
-        known = {request.id for request in frame.requests}
-        newcomers = [self._newcomer(i) for i in self.trace.requests if i not in known]
-        if not newcomers:
-            return frame
-        sentence = listed([r.name for r in newcomers]) + (" waits." if len(newcomers) == 1 else " wait.")
-        sentence = sentence if frame.index < 0 else f"{frame.sentence} {sentence}"
-        requests = (*frame.requests, *newcomers)
-        return Frame(frame.index, frame.title, sentence, requests, frame.blocks, frame.changed, frame.num_tokens)
+    def _follow_blocks(self, step: Step) -> dict[int, list[int]]:
+        """Bring the block tables to where they are after `step`; returns the blocks that each request set free."""
+        returned: dict[int, list[int]] = {}
+        for kind, block, request, _ in step.block_events:
+            if kind in ("allocate", "share"):
+                self._num_owners[block] += 1
+                self._block_tables[request] = (*self._block_tables.get(request, ()), block)
+            elif kind == "free":
+                self._num_owners[block] -= 1
+                self._block_tables.pop(request, None)
+                if self._num_owners[block] == 0:
+                    returned.setdefault(request, []).append(block)
+        return returned
 
-    def _follow(self, step: Step) -> None:
-        """Bring the requests to where they are after `step`."""
-        tables = self.trace.block_tables_at(step.index)
-        scheduled = {s.id: s for s in step.scheduled}
-        hits = {event.request for event in step.block_events if event.kind == "share"}
-        for request_id, was in self._requests.items():
-            status, num_computed, num_tokens = was.status, was.num_computed_tokens, was.num_tokens
-            num_new = num_hit = 0
-            if request_id in step.preempted:
-                status, num_computed = "preempted", 0
-            if request_id in scheduled:
-                s = scheduled[request_id]
-                num_hit = s.num_computed_tokens if request_id in hits else 0
-                num_new = s.num_new_tokens
-                num_computed = s.num_computed_tokens + num_new
-                status = "decode" if num_new == 1 and num_computed == num_tokens > was.num_prompt_tokens else "prefill"
-            num_tokens += request_id in step.sampled
-            if step.error is not None and request_id not in tables and status in ("prefill", "decode"):
-                status, num_computed, num_new, num_hit = "preempted", 0, 0, 0
-            if request_id in step.finished:
-                reason = self.trace.requests[request_id].finish_reason
-                status, num_computed = ("aborted" if reason == "abort" else "finished"), num_computed
-            self._requests[request_id] = RequestFrame(
-                request_id,
-                was.name,
-                status,
-                was.num_prompt_tokens,
-                num_tokens,
-                num_computed,
-                num_new,
-                num_hit,
-                tables.get(request_id, ()),
-            )
+    def _follow(self, step: Step, was: RequestFrame, share: Scheduled | None, hit: bool) -> RequestFrame:
+        """A request after `step`: `share` is what was computed of it, `hit` says that it was found in the cache."""
+        if was.is_over:
+            return was._replace(work="", num_new_tokens=0, num_hit_tokens=0) if was.work else was
+        id, table = was.id, self._block_tables.get(was.id, ())
+        status, num_computed, work, num_new, num_hit = was.status, was.num_computed_tokens, "", 0, 0
+        if share is not None:
+            num_new, num_computed = share.num_new_tokens, share.num_computed_tokens + share.num_new_tokens
+            num_hit = share.num_computed_tokens if hit else 0
+            generates = was.is_running and was.num_prompt_tokens < was.num_tokens == was.num_computed_tokens + 1
+            status = work = "decode" if generates else "prefill"
+        elif was.is_running and not table:  # it was preempted, or the step failed
+            status, num_computed = "preempted", 0
+        if id in step.finished:
+            status = "aborted" if self.trace.requests[id].finish_reason == "abort" else "finished"
+        num_tokens = was.num_tokens + (id in step.sampled)
+        return RequestFrame(
+            id, was.name, status, was.num_prompt_tokens, num_tokens, num_computed, table, work, num_new, num_hit
+        )
 
-    def _shown(self) -> tuple[RequestFrame, ...]:
-        return tuple(self._requests.values())
 
-    # -- In words --------------------------------------------------------------------------------------------------------
+class Teller:
+    """Says in a few short sentences what a step changed; one who has not seen the picture must understand it."""
 
-    def _tell(self, step: Step, before: dict[int, RequestFrame]) -> str:
-        """What changed in a step, in a few short sentences; one who has not seen the picture must understand it."""
-        now, said = self._requests, []
-        kinds = {event.kind for event in step.block_events}
-        if "clear" in kinds:
+    def __init__(
+        self,
+        step: Step,
+        before: dict[int, RequestFrame],
+        now: dict[int, RequestFrame],
+        returned: dict[int, list[int]],
+    ) -> None:
+        self.step, self.before, self.now, self.returned = step, before, now, returned
+
+    def sentence(self) -> str:
+        step = self.step
+        said = []
+        if any(event.kind == "clear" for event in step.block_events):
             said.append("The prefix cache is emptied: all blocks are as new")
+        said += self.preemptions()
         if step.error is not None:
-            said.append(f"The step fails ({step.error}): whoever ran gives the blocks back and waits")
-            return ". ".join(said) + "."
-        for victim in step.preempted:
-            who = self._who_needed(step, victim)
-            returned = [e.block for e in step.block_events if e.kind == "free" and e.request == victim]
-            said.append(f"{who} needs a block, none is free: {self.name(victim)} is preempted, {blocks(returned)}")
-        joined = [i for i in now if now[i].num_new_tokens and before[i].status in ("waiting", "preempted")]
-        for i in joined[:MAX_NAMED]:
-            hit = f"finds {now[i].num_hit_tokens} tokens in the cache and " if now[i].num_hit_tokens else ""
-            said.append(f"{now[i].name} joins, {hit}computes {now[i].num_new_tokens}")
-        if len(joined) > MAX_NAMED:
-            said.append(f"{len(joined) - MAX_NAMED} more join")
-        chunks = [i for i in now if now[i].num_new_tokens and i not in joined and now[i].status == "prefill"]
-        chunks = [i for i in chunks if i in now]
-        for i in chunks[:MAX_NAMED]:
-            said.append(f"{now[i].name} computes {now[i].num_new_tokens} more of its prompt")
-        decodes = [s.id for s in step.scheduled if s.id not in joined and s.id not in chunks]
-        if decodes:
-            names = listed([self.name(i) for i in sorted(decodes)])
-            said.append(f"{names} {'generates one token' if len(decodes) == 1 else 'generate one token each'}")
-        evicted = [e.block for e in step.block_events if e.kind == "evict"]
-        if evicted and "clear" not in kinds:
-            said.append(f"{numbered(evicted)} {'loses its' if len(evicted) == 1 else 'lose their'} kept content")
-        for i in step.finished[:MAX_NAMED]:
-            returned = [e.block for e in step.block_events if e.kind == "free" and e.request == i]
-            how = "is aborted" if now[i].status == "aborted" else "is finished"
-            said.append(f"{now[i].name} {how}" + (f", {blocks(returned)}" if returned else ""))
-        if len(step.finished) > MAX_NAMED:
-            said.append(f"{len(step.finished) - MAX_NAMED} more are finished")
+            said.append(self.failure(step.error))
+        else:
+            said += [*self.prefills(), *self.decodes(), *self.evictions()]
+        said += self.endings()
         return ". ".join(said) + "." if said else "Nothing changes."
 
-    def _who_needed(self, step: Step, victim: int) -> str:
-        """For whom a request was preempted: the next to take a block; itself if nobody did."""
-        events: Iterable[BlockEvent] = iter(step.block_events)
-        for event in events:
-            if event.kind == "free" and event.request == victim:
-                break
-        return self.name(next((e.request for e in events if e.kind == "allocate" and e.request is not None), victim))
+    def preemptions(self) -> list[str]:
+        said = []
+        for victim in self.step.preempted:
+            needy, name = self.needy(victim), self.now[victim].name
+            if needy == victim:
+                said.append(f"{name} needs more blocks than are free and came last: it is preempted")
+            elif said:
+                said.append(f"That is not enough: {name} is preempted")
+            else:
+                said.append(f"{self.now[needy].name} needs more blocks than are free: {name} is preempted")
+            said[-1] += self.blocks_of(victim)
+        return said
+
+    def needy(self, victim: int) -> int:
+        """For whom a request was preempted: the next to take a block; if nobody did, the last victim, in vain."""
+        events = iter(self.step.block_events)
+        any(event.kind == "free" and event.request == victim for event in events)  # goes on to there
+        takers = (e.request for e in events if e.kind == "allocate" and e.request is not None)
+        return next(takers, self.step.preempted[-1])
+
+    def failure(self, error: str) -> str:
+        stopped = [i for i, was in self.before.items() if was.is_running and i not in self.step.preempted]
+        stopped = [i for i in stopped if i not in self.step.finished]
+        said = f"The step fails ({error})"
+        if stopped:
+            said += f": {names(self.now[i] for i in stopped)} {plural(stopped, 'gives its', 'give their')} blocks back"
+        return said
+
+    def prefills(self) -> list[str]:
+        workers = [r for r in self.now.values() if r.work == "prefill"]
+        said = []
+        for r in workers[:MAX_NAMED]:
+            was = self.before[r.id]
+            words = r.name
+            if was.is_waiting:
+                words += " joins again" if was.status == "preempted" else " joins"
+                words += f", finds {tokens(r.num_hit_tokens)} in the prefix cache" if r.num_hit_tokens else ""
+                words += f" and computes {tokens(r.num_new_tokens)}"
+            else:
+                words += f" computes {tokens(r.num_new_tokens, 'more ')}"
+            left = was.num_tokens - r.num_computed_tokens
+            said.append(words + (f", {left} to go" if left else ""))
+        if len(workers) > MAX_NAMED:
+            said.append(f"{len(workers) - MAX_NAMED} more compute {tokens(sum(r.num_new_tokens for r in workers[MAX_NAMED:]))}")
+        return said
+
+    def decodes(self) -> list[str]:
+        workers = [r for r in self.now.values() if r.work == "decode"]
+        return [f"{names(workers)} {plural(workers, 'generates one token', 'generate one token each')}"] if workers else []
+
+    def evictions(self) -> list[str]:
+        evicted = [event.block for event in self.step.block_events if event.kind == "evict"]
+        said = f"{numbered(evicted)} {plural(evicted, 'leaves', 'leave')} the prefix cache"
+        return [said[0].upper() + said[1:]] if evicted else []
+
+    def endings(self) -> list[str]:
+        ended = self.step.finished
+        said = [f"{self.now[i].name} is {self.now[i].status}{self.blocks_of(i)}" for i in ended[:MAX_NAMED]]
+        if len(ended) > MAX_NAMED:
+            left = len(ended) - MAX_NAMED
+            said.append(f"{left} more {'is' if left == 1 else 'are'} over")
+        return said
+
+    def blocks_of(self, request_id: int) -> str:
+        returned = self.returned.get(request_id, [])
+        return f", {numbered(returned)} {plural(returned, 'returns', 'return')}" if returned else ""
 
 
-def listed(names: list[str]) -> str:
+def plural(things: Sized, one: str, many: str) -> str:
+    return one if len(things) == 1 else many
+
+
+def tokens(number: int, more: str = "") -> str:
+    """1 token; 5 tokens; 5 more tokens."""
+    return f"{number} {more}{'token' if number == 1 else 'tokens'}"
+
+
+def names(requests: Iterable[RequestFrame]) -> str:
+    return listed([request.name for request in requests])
+
+
+def listed(words: list[str]) -> str:
     """A, B and C; of many only the first few."""
-    if len(names) > MAX_NAMED:
-        return ", ".join(names[:MAX_NAMED]) + f" and {len(names) - MAX_NAMED} more"
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    if len(words) > MAX_NAMED:
+        return ", ".join(words[:MAX_NAMED]) + f" and {len(words) - MAX_NAMED} more"
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def numbered(ids: list[int]) -> str:
+def numbered(blocks: list[int]) -> str:
     """block 3; blocks 3, 5 and 6."""
-    return ("block " if len(ids) == 1 else "blocks ") + listed([str(i) for i in sorted(ids)])
-
-
-def blocks(returned: list[int]) -> str:
-    return f"{numbered(returned)} {'returns' if len(returned) == 1 else 'return'}"
+    return plural(blocks, "block ", "blocks ") + listed([str(block) for block in sorted(blocks)])
