@@ -12,7 +12,7 @@ browser. A trace that is still growing is fine: its new steps are there when the
 import hashlib
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, islice, takewhile
 from typing import Any, NamedTuple
 
 from nanovllm.engine.trace import BlockState, Scheduled, Step, Trace
@@ -22,7 +22,7 @@ MAX_NAMED = 6  # a sentence names so many requests or blocks, then "and 12 more"
 
 
 class RequestFrame(NamedTuple):
-    """A request after a step. What it did *in* the step stands in `work`, `num_new_tokens` and `num_hit_tokens`."""
+    """A request after a step. What it did *in* the step stands in `did`, `num_new_tokens` and `num_hit_tokens`."""
 
     id: int
     name: str
@@ -31,7 +31,7 @@ class RequestFrame(NamedTuple):
     num_tokens: int  # prompt and what has been generated
     num_computed_tokens: int  # of these, those whose keys and values the cache holds, or held at the end
     block_table: tuple[int, ...] = ()
-    work: str = ""  # prefill or decode; nothing if it did not take part in this step
+    did: str = ""  # prefill, decode, wait, preempted or failed; nothing between steps, and once it is over
     num_new_tokens: int = 0  # computed in this step
     num_hit_tokens: int = 0  # found in the prefix cache in this step
 
@@ -110,6 +110,18 @@ class Frames:
                     self.names[newcomer] = next(free)
         return self.names[request_id]
 
+    def history(self, request_id: int) -> list[RequestFrame | None]:
+        """A request after step 0, step 1 and so on; None before it came."""
+        place = list(self.trace.requests).index(request_id)
+        frames = [self[i] for i in range(1, len(self))]
+        return [frame.requests[place] if place < len(frame.requests) else None for frame in frames]
+
+    def text(self, request: RequestFrame, start: int, end: int) -> str:
+        """The text of its tokens `start` to `end`, of those that it has."""
+        traced = self.trace.requests[request.id]
+        token_ids = (traced.prompt_token_ids + traced.output_token_ids)[: request.num_tokens]
+        return "".join(self.trace.text_of(token_id) for token_id in token_ids[start:end])
+
     def fullest(self) -> int:
         """The frame in which most blocks are in use, the first of them."""
         return max(range(len(self)), key=lambda i: (self[i].num_used_blocks, -i))
@@ -137,7 +149,7 @@ class Frames:
             title = f"after {last.title}" if last.title.startswith("step") else last.title
         before = {request.id: request for request in self._with_newcomers(last).requests}
         returned = self._follow_blocks(step)
-        shares = {} if step.error else {share.id: share for share in step.scheduled}
+        shares = {share.id: share for share in step.scheduled}
         hits = {event.request for event in step.block_events if event.kind == "share"}
         now = {i: self._follow(step, was, shares.get(i), i in hits) for i, was in before.items()}
         sentence = Teller(step, before, now, returned).sentence()
@@ -150,7 +162,8 @@ class Frames:
 
     def _with_newcomers(self, frame: Frame) -> Frame:
         """The frame with those requests, too, that came after its step and before the next."""
-        newcomers = [self._newcomer(r.id) for r in self.trace.requests.values() if r.arrival == frame.index + 1]
+        later = islice(self.trace.requests.values(), len(frame.requests), None)
+        newcomers = [self._newcomer(r.id) for r in takewhile(lambda r: r.arrival == frame.index + 1, later)]
         said = [frame.sentence] if frame.sentence else []
         running, waiting = ([r.name for r in newcomers if r.is_running is runs] for runs in (True, False))
         if running:
@@ -195,21 +208,26 @@ class Frames:
     def _follow(self, step: Step, was: RequestFrame, share: Scheduled | None, hit: bool) -> RequestFrame:
         """A request after `step`: `share` is what was computed of it, `hit` says that it was found in the cache."""
         if was.is_over:
-            return was._replace(work="", num_new_tokens=0, num_hit_tokens=0) if was.work else was
+            return was._replace(did="", num_new_tokens=0, num_hit_tokens=0) if was.did else was
         id, table = was.id, self._block_tables.get(was.id, ())
-        status, num_computed, work, num_new, num_hit = was.status, was.num_computed_tokens, "", 0, 0
-        if share is not None:
+        status, num_computed, num_new, num_hit = was.status, was.num_computed_tokens, 0, 0
+        did = "wait" if step.scheduled or step.preempted else ""
+        if id in step.preempted:
+            did = "preempted"
+        elif share is not None and step.error is not None:
+            did = "failed"
+        elif share is not None:
             num_new, num_computed = share.num_new_tokens, share.num_computed_tokens + share.num_new_tokens
             num_hit = share.num_computed_tokens if hit else 0
             generates = was.is_running and was.num_prompt_tokens < was.num_tokens == was.num_computed_tokens + 1
-            status = work = "decode" if generates else "prefill"
-        elif was.is_running and not table:  # it was preempted, or the step failed
-            status, num_computed = "preempted", 0
+            status = did = "decode" if generates else "prefill"
         if id in step.finished:
             status = "aborted" if self.trace.requests[id].finish_reason == "abort" else "finished"
+        elif was.is_running and not table:  # it was preempted, or the step failed
+            status, num_computed = "preempted", 0
         num_tokens = was.num_tokens + (id in step.sampled)
         return RequestFrame(
-            id, was.name, status, was.num_prompt_tokens, num_tokens, num_computed, table, work, num_new, num_hit
+            id, was.name, status, was.num_prompt_tokens, num_tokens, num_computed, table, did, num_new, num_hit
         )
 
 
@@ -267,7 +285,7 @@ class Teller:
         return said
 
     def prefills(self) -> list[str]:
-        workers = [r for r in self.now.values() if r.work == "prefill"]
+        workers = [r for r in self.now.values() if r.did == "prefill"]
         said = []
         for r in workers[:MAX_NAMED]:
             was = self.before[r.id]
@@ -281,12 +299,16 @@ class Teller:
             left = was.num_tokens - r.num_computed_tokens
             said.append(words + (f", {left} to go" if left else ""))
         if len(workers) > MAX_NAMED:
-            said.append(f"{len(workers) - MAX_NAMED} more compute {tokens(sum(r.num_new_tokens for r in workers[MAX_NAMED:]))}")
+            said.append(
+                f"{len(workers) - MAX_NAMED} more compute {tokens(sum(r.num_new_tokens for r in workers[MAX_NAMED:]))}"
+            )
         return said
 
     def decodes(self) -> list[str]:
-        workers = [r for r in self.now.values() if r.work == "decode"]
-        return [f"{names(workers)} {plural(workers, 'generates one token', 'generate one token each')}"] if workers else []
+        workers = [r for r in self.now.values() if r.did == "decode"]
+        return (
+            [f"{names(workers)} {plural(workers, 'generates one token', 'generate one token each')}"] if workers else []
+        )
 
     def evictions(self) -> list[str]:
         evicted = [event.block for event in self.step.block_events if event.kind == "evict"]

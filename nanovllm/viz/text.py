@@ -1,7 +1,7 @@
 """Frames drawn as characters: for a terminal, for a screen reader, and for the test run, which compares them.
 
-    print(cache_map_text(frames, index))   # every block, every request, and what each step changed
-    print(timeline_text(frames, index))    # who computed how many tokens in which step
+print(cache_map_text(frames, index))   # every block, every request, and what each step changed
+print(timeline_text(frames, index))    # who computed how many tokens in which step
 """
 
 from nanovllm.engine.trace import BlockState
@@ -14,8 +14,9 @@ MAX_STEPS = 24  # so many steps are told in words
 MAX_COLUMNS = 20  # so many steps stand side by side in a timeline
 MAX_TABLE = 12  # so many entries of a block table are written out
 
-LEGEND = "P8 prefill of 8 tokens, H8 the same after a hit in the prefix cache, D decode, . waits, X preempted, ! failed,"
-LEGEND_ENDS = "F after it: finished; aborted requests end with an a"
+LEGEND = """\
+P8 prefill of 8 tokens, H8 the same after a hit in the prefix cache, D decode, . waits, X preempted, ! the step fails;
+F after it: finished, A: aborted"""
 
 
 def cache_map_text(frames: Frames, index: int) -> str:
@@ -63,7 +64,10 @@ def block_lines(frames: Frames, index: int) -> list[str]:
         num_held = sum(block.ref_count > 0 for block in cell)
         kept = any(block.hash is not None for block in cell)
         cells += "#" if num_held == len(cell) else "+" if num_held else "~" if kept else "."
-    return [f"|{cells}|", f"{blocks_per_cell} blocks a character: # all held, + some held, ~ none held, some kept, . free"]
+    return [
+        f"|{cells}|",
+        f"{blocks_per_cell} blocks a character: # all held, + some held, ~ none held, some kept, . free",
+    ]
 
 
 def block_line(frames: Frames, i: int, block: BlockState) -> str:
@@ -96,35 +100,31 @@ def timeline_text(frames: Frames, index: int) -> str:
     num_steps = len(frames) - 1
     first = max(0, min(frame.index - MAX_COLUMNS // 2, num_steps - MAX_COLUMNS))
     steps = range(first, min(num_steps, first + MAX_COLUMNS))
-    ids = [r.id for r in frames[-1].requests if any(cell(frames, i, r.id) for i in steps)]
-    rows = [[frames.name(i), *(cell(frames, k, i) for k in steps)] for i in ids[:MAX_REQUESTS]]
-    rows.insert(0, ["step", *map(str, steps)])
+    rows = [["step", *map(str, steps)]]
+    for request in frames[-1].requests:
+        history = frames.history(request.id)
+        row = [request.name, *(cell(history[k], request.id in frames.trace.steps[k].finished) for k in steps)]
+        rows += [row] if any(row[1:]) else []
+    num_left_out = max(0, len(rows) - 1 - MAX_REQUESTS)
+    rows = rows[: 1 + MAX_REQUESTS]
     rows.append(["tokens", *(str(frames[k + 1].num_tokens) for k in steps)])
     rows.append(["", *("^" if k == frame.index else "" for k in steps)])
-    width = max((len(text) for row in rows for text in row[1:]), default=0) + 1
+    width = max(len(text) for row in rows for text in row[1:] or [""]) + 1
     lines = [f"{row[0]:<6}  " + "".join(f"{text:<{width}}" for text in row[1:]) for row in rows]
-    if len(ids) > MAX_REQUESTS:
-        lines.insert(-2, f"and {len(ids) - MAX_REQUESTS} more requests")
+    if num_left_out:
+        lines.insert(-2, f"and {num_left_out} more requests")
     lines.append(f"The budget is {frames.trace.config['max_num_batched_tokens']} tokens a step.")
-    lines += [LEGEND, LEGEND_ENDS, f"digest {frames.digest()}"]
+    lines += [LEGEND, f"digest {frames.digest()}"]
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def cell(frames: Frames, step_index: int, request_id: int) -> str:
-    """What a request did in a step, in a few characters; nothing if it had not come yet, or was over."""
-    step = frames.trace.steps[step_index]
-    if frames.trace.requests[request_id].arrival > step_index:
+def cell(request: RequestFrame | None, ends: bool) -> str:
+    """What a request did in a step, in a few characters; `ends` if it was finished or aborted in it."""
+    if request is None:
         return ""
-    r = next(r for r in frames[step_index + 1].requests if r.id == request_id)
-    ends = ("a" if r.status == "aborted" else "F") if request_id in step.finished else ""
-    if r.is_over and not ends:
-        return ""
-    if request_id in step.preempted:
-        return "X"
-    if step.error is not None:
-        return "!" if request_id in [s.id for s in step.scheduled] else "."
-    if r.work == "decode":
-        return "D" + ends
-    if r.work == "prefill":
-        return f"{'H' if r.num_hit_tokens else 'P'}{r.num_new_tokens}{ends}"
-    return ends or "."
+    words = {"decode": "D", "wait": ".", "preempted": "X", "failed": "!"}.get(request.did, "")
+    if request.did == "prefill":
+        words = f"{'H' if request.num_hit_tokens else 'P'}{request.num_new_tokens}"
+    if ends:
+        words = words.strip(".") + ("A" if request.status == "aborted" else "F")
+    return words
