@@ -79,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--model", help="a folder or a Hugging Face repository id (default: SmolLM2-135M-Instruct)")
     bench.add_argument("--load-format", default="auto", choices=["auto", "dummy"], help="dummy: random weights")
     bench.add_argument("--out", type=Path, help="also append the results to this file, one JSON line each")
+    bench.add_argument("--trace", action="store_true", help="measure only what it costs to record a trace")
     bench.set_defaults(run=run_bench)
 
     env = commands.add_parser("env", help="print versions and devices")
@@ -155,7 +156,7 @@ def run_chat(args: argparse.Namespace) -> None:
 def run_bench(args: argparse.Namespace) -> None:
     from nanovllm.bench import run
 
-    run(model=args.model, load_format=args.load_format, out=args.out)
+    run(model=args.model, load_format=args.load_format, out=args.out, only_trace=args.trace)
 
 
 def run_env(args: argparse.Namespace) -> None:

@@ -34,6 +34,8 @@ SMALL = Size(
     num_kv_blocks=64,
     num_planned=16,
     planning_steps=5,
+    num_traced=8,
+    trace_pairs=3,
 )
 
 
@@ -58,6 +60,7 @@ def test_every_part_is_measured(report):
         "7 requests, against generate_batch",
         "5 requests that share 64 tokens, against generate",
         "planning a step, 16 sequences (median)",
+        "recording a trace, 8 sequences (median of 3 pairs)",
         "peak memory beyond imports, model and KV cache",
     ]
 

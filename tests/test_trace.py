@@ -33,7 +33,7 @@ class Run:
         self.blocks = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(config, self.blocks)
         self.blocks.events = []
-        self.recorder = Recorder(config, {}, self.blocks, self.scheduler, None, lambda recorder: None)
+        self.recorder = Recorder(config, {}, self.blocks, self.scheduler, str, lambda recorder: None)
         self.trace = self.recorder.trace
         self.truth: list[tuple[BlockState, ...]] = []
 
@@ -178,7 +178,7 @@ def test_a_trace_that_begins_in_the_middle():
     run.add(make_sequence("aaaa bbbb c", max_tokens=9, id=0))
     run.add(make_sequence("aaaa d", max_tokens=1, id=1))
     run.step(), run.step()
-    late = Recorder(Config(num_kv_blocks=6, block_size=4), {}, run.blocks, run.scheduler, None, lambda recorder: None)
+    late = Recorder(Config(num_kv_blocks=6, block_size=4), {}, run.blocks, run.scheduler, str, lambda recorder: None)
     assert late.trace.blocks_before() == run.truth[-1] == run.trace.blocks_at(1)
     run.blocks.events = []
     run.recorder = late

@@ -3,6 +3,7 @@
     steps.py      a step of the engine against the bare matrix products in it, and where its time goes
     serving.py    many requests, against transformers' `generate` and `generate_batch`
     planning.py   what it costs to plan a step of many sequences
+    tracing.py    what it costs to record a trace
     memory.py     peak memory
     timing.py     how time is taken
     report.py     the machine, the records, the table
@@ -19,6 +20,7 @@ from nanovllm.bench.planning import measure_planning
 from nanovllm.bench.report import Report, environment
 from nanovllm.bench.serving import measure_serving
 from nanovllm.bench.steps import measure_steps
+from nanovllm.bench.tracing import measure_tracing
 from nanovllm.utils.hub import resolve_model
 
 
@@ -44,10 +46,16 @@ class Size:
     num_kv_blocks: int | None = None  # of the KV cache while serving; None is the engine's default
     num_planned: int = 256  # sequences when planning is measured
     planning_steps: int = 100
+    num_traced: int = 64  # sequences when the cost of a trace is measured
+    trace_pairs: int = 20
 
 
 def run(
-    model: str | Path | None = None, load_format: str = "auto", out: Path | None = None, size: Size = Size()
+    model: str | Path | None = None,
+    load_format: str = "auto",
+    out: Path | None = None,
+    size: Size = Size(),
+    only_trace: bool = False,
 ) -> Report:
     """Measure everything on this machine's CPU; print each result as a JSON line, and a table of all at the end.
 
@@ -56,16 +64,20 @@ def run(
         load_format: "auto" for the model's weights, "dummy" for random ones.
         out: a file to which the JSON lines are appended as well.
         size: how much to measure.
+        only_trace: nothing but what it costs to record a trace.
     """
     path = resolve_model(None if model is None else str(model))
     report = Report(out)
     report.add(environment(path, load_format))
-    for dtype in size.dtypes:
-        measure_steps(report, path, load_format, dtype, size)
-    for dtype in size.dtypes:
-        measure_serving(report, path, load_format, dtype, size)
-    measure_planning(report, size)
-    measure_memory(report, path, load_format)
+    if not only_trace:
+        for dtype in size.dtypes:
+            measure_steps(report, path, load_format, dtype, size)
+        for dtype in size.dtypes:
+            measure_serving(report, path, load_format, dtype, size)
+        measure_planning(report, size)
+    measure_tracing(report, size)
+    if not only_trace:
+        measure_memory(report, path, load_format)
     print()
     for line in report.table():
         print(line)

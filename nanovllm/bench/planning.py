@@ -21,9 +21,7 @@ BAR = 2.0  # milliseconds
 def measure_planning(report: Report, size: "Size") -> None:
     """Time to schedule, prepare and update a decode step of many sequences, in the real engine with a tiny model."""
     report.progress(f"planning with {size.num_planned} sequences")
-    with tempfile.TemporaryDirectory() as folder:
-        tiny_config().save_pretrained(folder)
-        llm = LLM(folder, load_format="dummy", device="cpu", max_num_seqs=size.num_planned, num_kv_blocks=8192)
+    llm = tiny_llm(size.num_planned)
     engine = llm.engine
     parts = [
         ("schedule", engine.scheduler, "schedule"),
@@ -48,8 +46,9 @@ def measure_planning(report: Report, size: "Size") -> None:
     report.add(record | load)
 
 
-def tiny_config() -> LlamaConfig:
-    return LlamaConfig(
+def tiny_llm(num_seqs: int) -> LLM:
+    """An engine with a model so small that planning is a good part of its steps."""
+    config = LlamaConfig(
         vocab_size=512,
         hidden_size=32,
         intermediate_size=64,
@@ -59,3 +58,6 @@ def tiny_config() -> LlamaConfig:
         max_position_embeddings=4096,
         architectures=["LlamaForCausalLM"],
     )
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return LLM(folder, load_format="dummy", device="cpu", max_num_seqs=num_seqs, num_kv_blocks=8192)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from xxhash import xxh64_intdigest
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.trace import BlockEvent
+from nanovllm.engine.trace import BlockEvent, block_event
 
 
 @dataclass(slots=True)
@@ -83,7 +83,8 @@ class BlockManager:
         seq.num_computed_tokens = end
         if self.events is not None:
             for i in range(start // self.block_size, self.num_blocks_for(end)):
-                self._tell("fill", seq.block_table[i], seq.id, min(end - i * self.block_size, self.block_size))
+                num_filled = min(end - i * self.block_size, self.block_size)
+                self.events.append(block_event(("fill", seq.block_table[i], seq.id, num_filled)))
         if self.enable_prefix_caching:
             self._enter(seq)
 
@@ -196,4 +197,4 @@ class BlockManager:
 
     def _tell(self, kind: str, block_id: int, seq_id: int | None = None, value: int | None = None) -> None:
         if self.events is not None:
-            self.events.append(BlockEvent(kind, block_id, seq_id, value))
+            self.events.append(block_event((kind, block_id, seq_id, value)))

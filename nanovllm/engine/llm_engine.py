@@ -234,12 +234,14 @@ class LLMEngine:
         runner = self.model_runner
         device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "CPU"
         about = environment(torch=torch.__version__, device=device, dtype=str(runner.dtype).removeprefix("torch."))
-        text_of = None if self.tokenizer is None else lambda token_id: self.tokenizer.decode([token_id])
-        recorder = Recorder(self.config, about, self.block_manager, self.scheduler, text_of, self._stop_recording)
+        recorder = Recorder(self.config, about, self.block_manager, self.scheduler, self._text_of, self._stop_recording)
         for request in self.requests.values():
             recorder.add(request.seq, request.prompt)
         self.recorders.append(recorder)
         return recorder.trace
+
+    def _text_of(self, token_id: int) -> str:
+        return f"<{token_id}>" if self.tokenizer is None else str(self.tokenizer.decode([token_id]))
 
     def _stop_recording(self, recorder: Recorder) -> None:
         self.recorders.remove(recorder)

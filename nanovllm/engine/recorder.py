@@ -24,7 +24,7 @@ class Recorder:
         environment: dict[str, str],
         block_manager: BlockManager,
         scheduler: Scheduler,
-        text_of: Callable[[int], str] | None,
+        text_of: Callable[[int], str],
         on_close: Callable[["Recorder"], None],
     ) -> None:
         self.scheduler = scheduler
