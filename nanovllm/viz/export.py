@@ -1,0 +1,54 @@
+"""A run as one page, to put on a site or to send to a friend: same picture, no kernel, no network."""
+
+import base64
+from html import escape
+from pathlib import Path
+
+from nanovllm.engine.trace import Trace
+from nanovllm.viz.frames import Frames
+from nanovllm.viz.live import STATIC
+from nanovllm.viz.pack import pack
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+body {{ margin: 24px auto; max-width: 1400px; padding: 0 16px; font: 15px/1.5 system-ui, sans-serif }}
+{css}
+</style>
+</head>
+<body>
+<main id="player"></main>
+<p><small>{about}</small></p>
+<script type="module">
+{javascript}
+const data = Uint8Array.from(atob("{data}"), (character) => character.charCodeAt(0));
+mount(document.getElementById("player"), {{ view: "{view}", index: {index}, data }});
+</script>
+</body>
+</html>
+"""
+
+
+def export_html(trace: Trace | Frames, path: str | Path, step: int | None = None, view: str = "Player") -> None:
+    """Write one HTML file that plays `trace`, as a `Player`, a `CacheMap` or a `Timeline`. It opens anywhere.
+
+    `step` is the step to begin with; by default the one with most blocks in use.
+    """
+    frames = trace if isinstance(trace, Frames) else Frames(trace)
+    index = frames.fullest() if step is None else range(1, len(frames))[step]
+    about = ", ".join(f"{name}: {value}" for name, value in frames.trace.environment.items())
+    page = PAGE.format(
+        title=escape(repr(frames.trace)),
+        css=(STATIC / "widget.css").read_text(encoding="utf-8"),
+        javascript=(STATIC / "widget.js").read_text(encoding="utf-8"),
+        about=escape(f"{frames.trace!r}. {about}"),
+        view=view,
+        index=index,
+        data=base64.b64encode(pack(frames)).decode(),
+    )
+    Path(path).write_text(page, encoding="utf-8")

@@ -1,0 +1,1103 @@
+// The live pictures: a cache map and a timeline of a recorded run, drawn on canvas, moved by one slider.
+//
+// pack.py sends what each frame changes in the one before; `Recording` builds the frames anew. A part (`CacheMap`,
+// `Requests`, `Timeline`) draws one frame on one canvas. `Player` holds the slider, the keys and the parts.
+// In a notebook anywidget calls the default export; an exported page calls `mount`.
+
+const LETTERS = "system-ui, sans-serif";
+const CODE = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace";
+const UNTOUCHED = Object.freeze({ owners: [], filled: 0, hash: null });
+const FINISHED = new Set(["finished", "aborted"]);
+const SPEEDS = [1, 2, 5, 10, 30]; // steps a second
+
+// -- The frames ----------------------------------------------------------------------------------------------------------
+
+class Recording {
+  /** @param {Uint8Array} bytes what `pack` made. */
+  static async unpack(bytes) {
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Recording(await new Response(stream).json());
+  }
+
+  constructor({ num_blocks, block_size, budget, colours, frames }) {
+    this.numBlocks = num_blocks;
+    this.blockSize = block_size;
+    this.budget = budget;
+    this.colours = colours.map(([background, ink]) => ({ background, ink }));
+    this.texts = new Map(); // the tokens of each request
+    this.frames = [];
+    this.append({ at: 0, frames });
+  }
+
+  /** Add the frames that come after frame `at - 1`, in place of any that are there already. */
+  append({ at, frames }) {
+    this.frames.length = at;
+    for (const changes of frames) this.frames.push(this.next(this.frames.at(-1), changes));
+    this.lanes = assignLanes(this.frames);
+    this.runs = findRuns(this.frames);
+  }
+
+  next(before, changes) {
+    const blocks = before ? before.blocks.slice() : Array(this.numBlocks).fill(UNTOUCHED);
+    for (const { block, ...state } of rows(changes.blocks)) blocks[block] = state;
+    const requests = new Map(before?.requests);
+    for (const { texts, ...request } of rows(changes.requests)) {
+      const old = requests.get(request.id);
+      const known = this.texts.get(request.id) ?? [];
+      this.texts.set(request.id, [...known.slice(0, old?.tokens ?? 0), ...texts]);
+      requests.set(request.id, { ...request, table: request.table ?? old.table });
+    }
+    let free = before?.free ?? [];
+    if (changes.free) {
+      const [front, back] = changes.free;
+      const moved = new Set([...front, ...back]);
+      free = [...front, ...free.filter((id) => !blocks[id].owners.length && !moved.has(id)), ...back];
+    }
+    const { title, sentence, tokens, changed } = changes;
+    return { title, sentence, tokens, changed: new Set(changed), blocks, requests, free };
+  }
+
+  colour(name) {
+    return this.colours[(name.charCodeAt(0) - 65) % this.colours.length];
+  }
+
+  /** The texts of the tokens in a block, as of frame `index`; of a kept block, from when it was last held. */
+  tokensOf(id, index) {
+    const { hash, filled } = this.frames[index].blocks[id];
+    for (let i = index; i >= 0; i--) {
+      const block = this.frames[i].blocks[id];
+      if (block.owners.length && (i === index || block.hash === hash)) {
+        const request = this.frames[i].requests.get(block.owners[0]);
+        const first = request.table.indexOf(id) * this.blockSize;
+        return this.texts.get(request.id).slice(first, first + filled);
+      }
+    }
+    return [];
+  }
+
+  /** Frame `index` as plain data, for a test to compare. */
+  snapshot(index) {
+    const { title, sentence, tokens, changed, blocks, requests, free } = this.frames[index];
+    const texts = ({ id, tokens }) => this.texts.get(id).slice(0, tokens);
+    return {
+      title, sentence, tokens, free, blocks,
+      changed: [...changed],
+      requests: [...requests.values()].map((request) => ({ ...request, texts: texts(request) })),
+    };
+  }
+}
+
+/** The rows of a table that came as one list for each column. */
+function rows(columns) {
+  const names = Object.keys(columns);
+  return columns[names[0]].map((_, i) => Object.fromEntries(names.map((name) => [name, columns[name][i]])));
+}
+
+/** A row of the timeline for each request. Of many requests, those that are never there together share rows. */
+function assignLanes(frames) {
+  const lanes = new Map();
+  const share = frames.at(-1).requests.size > 24;
+  let busy = []; // the request in each lane
+  for (const { requests } of frames) {
+    if (share) busy = busy.map((id) => (id !== null && FINISHED.has(requests.get(id)?.status) ? null : id));
+    for (const id of requests.keys()) {
+      if (lanes.has(id)) continue;
+      const empty = busy.indexOf(null);
+      lanes.set(id, empty < 0 ? busy.length : empty);
+      busy[lanes.get(id)] = id;
+    }
+  }
+  return { of: lanes, count: busy.length };
+}
+
+/** What each request did, in stretches of steps with the same: {id, name, kind, first, last, tokens, hit, end}. */
+function findRuns(frames) {
+  const runs = [];
+  const open = new Map(); // each request's latest stretch
+  for (let i = 1; i < frames.length; i++) {
+    for (const request of frames[i].requests.values()) {
+      const before = frames[i - 1].requests.get(request.id);
+      if (FINISHED.has(before?.status)) continue;
+      const kind = whatItDid(request, before);
+      const end = FINISHED.has(request.status) ? request.status : null;
+      const latest = open.get(request.id);
+      if (latest?.kind === kind && kind !== "prefill" && kind !== "preempted") {
+        Object.assign(latest, { last: i, end });
+      } else {
+        const { id, name, new: tokens, hit } = request;
+        const run = { id, name, kind, first: i, last: i, tokens, hit, end };
+        open.set(id, run);
+        runs.push(run);
+      }
+    }
+  }
+  return runs;
+}
+
+function whatItDid(request, before) {
+  if (request.status === "preempted" && before?.status !== "preempted") return "preempted";
+  if (request.new) {
+    const decodes = request.status === "decode" || (request.new === 1 && request.computed > request.prompt);
+    return decodes && request.status !== "prefill" ? "decode" : "prefill";
+  }
+  return request.status === "waiting" || request.status === "preempted" ? "waiting" : "idle";
+}
+
+// -- Drawing -------------------------------------------------------------------------------------------------------------
+
+/** A canvas of `width` by `height` CSS pixels, sharp on any screen, ready to be drawn on. */
+function prepare(canvas, width, height) {
+  const ratio = window.devicePixelRatio || 1;
+  const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
+  if (canvas.width !== w || canvas.height !== h) {
+    [canvas.width, canvas.height] = [w, h];
+    [canvas.style.width, canvas.style.height] = [`${width}px`, `${height}px`];
+  }
+  const context = canvas.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.clearRect(0, 0, width, height);
+  context.textBaseline = "middle";
+  return context;
+}
+
+function write(context, text, x, y, { colour, font, align = "left", width }) {
+  context.fillStyle = colour;
+  context.font = font;
+  context.textAlign = align;
+  context.fillText(width === undefined ? text : shortened(context, text, width), x, y);
+}
+
+function shortened(context, text, width) {
+  if (context.measureText(text).width <= width) return text;
+  while (text && context.measureText(`${text}…`).width > width) text = text.slice(0, -1);
+  return `${text}…`;
+}
+
+/** Thin slanted lines: the sign, besides a colour, of what is kept, or was found in the cache. */
+function hatch(context, x, y, width, height, colour, gap = 5) {
+  context.save();
+  context.beginPath();
+  context.rect(x, y, width, height);
+  context.clip();
+  context.beginPath();
+  for (let i = x - height; i < x + width; i += gap) {
+    context.moveTo(i, y + height);
+    context.lineTo(i + height, y);
+  }
+  context.strokeStyle = colour;
+  context.lineWidth = 1;
+  context.stroke();
+  context.restore();
+}
+
+/** A request's letter on its colour. */
+function badge(context, name, { background, ink }, x, y, width, height) {
+  context.fillStyle = background;
+  context.beginPath();
+  context.roundRect(x, y, width, height, 3);
+  context.fill();
+  const font = `bold ${Math.min(12, height - 3)}px ${LETTERS}`;
+  write(context, name, x + width / 2, y + height / 2 + 0.5, { colour: ink, font, align: "center" });
+}
+
+/** A part of a picture: a canvas, and what lies on it where. */
+class Part {
+  constructor(player) {
+    this.player = player;
+    this.canvas = document.createElement("canvas");
+    this.canvas.setAttribute("aria-hidden", "true"); // the sentence and the detail say it in words
+    this.element = this.canvas;
+  }
+
+  get recording() {
+    return this.player.recording;
+  }
+
+  /** Where a mouse event was, in CSS pixels from the canvas's corner. */
+  position(event) {
+    const box = this.canvas.getBoundingClientRect();
+    return [event.clientX - box.left, event.clientY - box.top];
+  }
+}
+
+// -- The cache map -------------------------------------------------------------------------------------------------------
+
+const LARGE = [96, 80]; // a block with its slots, its id below
+const SQUARES = [44, 36, 30, 26, 22, 20, 18, 16, 13, 11, 9, 7, 6, 5, 4, 3, 2];
+const MAP_HEIGHT = 460;
+const ID_WIDTH = 34; // left of small blocks: the id of the row's first
+
+class CacheMap extends Part {
+  constructor(player) {
+    super(player);
+    this.canvas.addEventListener("mousemove", (event) => player.pointAt({ block: this.blockAt(...this.position(event)) }));
+    this.canvas.addEventListener("mouseleave", () => player.pointAt({}));
+  }
+
+  layout(width) {
+    const { numBlocks } = this.recording;
+    const fits = (w, h, room) => Math.ceil(numBlocks / Math.max(1, Math.floor(room / w))) * h <= MAP_HEIGHT;
+    this.large = fits(...LARGE, width);
+    this.left = this.large ? 0 : ID_WIDTH;
+    if (this.large) {
+      const most = Math.max(1, Math.floor(width / LARGE[0]));
+      const wanted = numBlocks % 4 === 0 && most >= 4 ? most - (most % 4) : most; // rows that are easy to count
+      this.columns = Math.min(wanted, numBlocks);
+      this.cell = [Math.min(120, Math.floor(width / this.columns)), LARGE[1]];
+    } else {
+      const size = SQUARES.find((s) => fits(s, s, width - this.left)) ?? SQUARES.at(-1);
+      this.columns = Math.max(1, Math.floor((width - this.left) / size));
+      this.cell = [size, size];
+    }
+    this.width = width;
+    this.height = Math.ceil(numBlocks / this.columns) * this.cell[1] + 4;
+  }
+
+  corner(id) {
+    const [w, h] = this.cell;
+    return [this.left + (id % this.columns) * w + 1, Math.floor(id / this.columns) * h + 2];
+  }
+
+  blockAt(x, y) {
+    const [column, row] = [Math.floor((x - this.left) / this.cell[0]), Math.floor((y - 2) / this.cell[1])];
+    const id = row * this.columns + column;
+    return column >= 0 && column < this.columns && row >= 0 && id < this.recording.numBlocks ? id : undefined;
+  }
+
+  draw(index, theme) {
+    const context = prepare(this.canvas, this.width, this.height);
+    const frame = this.recording.frames[index];
+    const before = this.recording.frames[index - 1]?.blocks;
+    const path = frame.requests.get(this.player.lit)?.table ?? [];
+    const onPath = new Set(path);
+    const place = new Map(frame.free.map((id, i) => [id, i + 1]));
+    frame.blocks.forEach((block, id) => {
+      const [x, y] = this.corner(id);
+      const scene = { context, theme, frame, x, y, place: place.get(id), changed: frame.changed.has(id) };
+      context.globalAlpha = path.length && !onPath.has(id) ? 0.25 : 1;
+      if (this.large) this.drawLarge(scene, block, id, before?.[id]);
+      else this.drawSquare(scene, block);
+    });
+    context.globalAlpha = 1;
+    if (!this.large) this.drawIds(context, theme);
+    this.drawPath(context, theme, path);
+    if (this.player.pointed.block !== undefined) this.outline(context, this.player.pointed.block, theme.accent, 2);
+  }
+
+  owners(frame, block) {
+    return block.owners.map((id) => {
+      const { name } = frame.requests.get(id);
+      return { name, ...this.recording.colour(name) };
+    });
+  }
+
+  /** A block with a head, which says whose it is, and a slot for each token. */
+  drawLarge({ context, theme, frame, x, y, place, changed }, block, id, before) {
+    const [w, h, head] = [this.cell[0] - 8, this.cell[1] - 20, 18];
+    const owners = this.owners(frame, block);
+    const kept = !owners.length && block.hash !== null;
+    context.fillStyle = theme.empty;
+    if (owners.length || kept) context.fillRect(x, y, w, h);
+    if (owners.length) {
+      const room = owners.length > 1 ? w - 26 : w;
+      const shown = owners.slice(0, 3);
+      shown.forEach((owner, i) => {
+        context.fillStyle = owner.background;
+        context.fillRect(x + (i * room) / shown.length, y, room / shown.length, head);
+        const middle = x + ((i + 0.5) * room) / shown.length;
+        write(context, owner.name, middle, y + 9.5, { colour: owner.ink, font: `bold 13px ${LETTERS}`, align: "center" });
+      });
+      if (owners.length > 1) {
+        write(context, `×${owners.length}`, x + w - 13, y + 9.5, {
+          colour: theme.ink, font: `bold 13px ${LETTERS}`, align: "center",
+        });
+      }
+    } else {
+      write(context, kept ? "kept" : "free", x + 6, y + 9.5, { colour: theme.quiet, font: `12px ${LETTERS}` });
+      write(context, `#${place}`, x + w - 5, y + 9.5, { colour: theme.quiet, font: `12px ${LETTERS}`, align: "right" });
+    }
+    const same = before && before.owners[0] === block.owners[0] && before.filled <= block.filled;
+    this.drawSlots({ context, theme, x, y: y + head, w, h: h - head }, owners, block.filled, same ? before.filled : 0, changed);
+    context.strokeStyle = changed ? theme.ink : theme.line;
+    context.lineWidth = changed ? 2.5 : 1;
+    context.setLineDash(owners.length || kept ? [] : [4, 3]);
+    context.strokeRect(x + 0.5, y + 0.5, w - 1, h - 1);
+    context.setLineDash([]);
+    if (changed) {
+      context.fillStyle = theme.ink;
+      context.fill(new Path2D(`M${x + w} ${y + h} h-11 l11 -11 z`));
+    }
+    const style = { colour: changed ? theme.ink : theme.quiet, font: `${changed ? "bold " : ""}11px ${LETTERS}`, align: "center" };
+    write(context, String(id), x + w / 2, y + h + 8, style);
+  }
+
+  /** Slots that hold a token have its owners' colours; a dot marks those that this step filled. */
+  drawSlots({ context, theme, x, y, w, h }, owners, filled, filledBefore, changed) {
+    const size = this.recording.blockSize;
+    const numRows = Math.ceil(size / 8);
+    const numColumns = Math.ceil(size / numRows);
+    const [sw, sh] = [(w - 4) / numColumns, (h - 4) / numRows];
+    const gap = sw > 4 && sh > 4 ? 1 : 0;
+    for (let i = 0; i < size; i++) {
+      const [sx, sy] = [x + 2 + (i % numColumns) * sw, y + 2 + Math.floor(i / numColumns) * sh];
+      if (i >= filled) {
+        if (owners.length && gap) {
+          context.fillStyle = theme.page;
+          context.fillRect(sx + gap, sy + gap, sw - 2 * gap, sh - 2 * gap);
+        }
+      } else if (owners.length) {
+        owners.forEach((owner, k) => {
+          context.fillStyle = owner.background;
+          context.fillRect(sx + gap, sy + gap + (k * (sh - 2 * gap)) / owners.length, sw - 2 * gap, (sh - 2 * gap) / owners.length);
+        });
+        if (changed && i >= filledBefore && gap) {
+          context.fillStyle = owners[0].ink;
+          context.beginPath();
+          context.arc(sx + sw / 2, sy + sh / 2, Math.min(2.2, sw / 4), 0, 7);
+          context.fill();
+        }
+      } else {
+        hatch(context, sx + gap, sy + gap, sw - 2 * gap, sh - 2 * gap, theme.quiet, 4);
+      }
+    }
+  }
+
+  /** A block among many: a colour, how full it is, and a letter while there is room for one. */
+  drawSquare({ context, theme, frame, x, y, place, changed }, block) {
+    const s = this.cell[0] - (this.cell[0] > 8 ? 2 : this.cell[0] > 4 ? 1 : 0);
+    const owners = this.owners(frame, block);
+    context.fillStyle = theme.empty;
+    context.fillRect(x, y, s, s);
+    const full = Math.max(1, Math.round((s * block.filled) / this.recording.blockSize));
+    owners.slice(0, 4).forEach((owner, i, shown) => {
+      context.fillStyle = owner.background;
+      context.fillRect(x + (i * s) / shown.length, y + s - full, s / shown.length, full);
+    });
+    if (!owners.length && block.hash !== null) {
+      if (s < 8) {
+        context.globalAlpha *= 0.5;
+        context.fillStyle = theme.quiet;
+        context.fillRect(x, y, s, s);
+        context.globalAlpha *= 2;
+      } else {
+        hatch(context, x, y, s, s, theme.quiet, 4);
+      }
+      if (s >= 28) {
+        context.fillStyle = theme.empty;
+        context.fillRect(x + 3, y + s / 2 - 6, s - 6, 12);
+        write(context, `#${place}`, x + s / 2, y + s / 2, { colour: theme.quiet, font: `9px ${LETTERS}`, align: "center" });
+      }
+    }
+    if (owners.length && s >= 14) {
+      const text = owners.length > 1 ? `×${owners.length}` : owners[0].name;
+      const font = `bold ${s < 18 || text.length > 1 ? 9 : 11}px ${LETTERS}`;
+      const colour = full >= s * 0.6 ? owners[0].ink : theme.ink;
+      write(context, text, x + s / 2, y + s / 2 + 0.5, { colour, font, align: "center" });
+    }
+    if (changed) {
+      const line = s < 8 ? 1 : 2;
+      context.strokeStyle = theme.ink;
+      context.lineWidth = line;
+      context.strokeRect(x + line / 2, y + line / 2, s - line, s - line);
+    }
+  }
+
+  drawIds(context, theme) {
+    const every = Math.ceil(12 / this.cell[1]);
+    for (let row = 0; row * this.columns < this.recording.numBlocks; row += every) {
+      const [, y] = this.corner(row * this.columns);
+      const style = { colour: theme.quiet, font: `10px ${LETTERS}`, align: "right" };
+      write(context, String(row * this.columns), ID_WIDTH - 5, y + this.cell[1] / 2, style);
+    }
+  }
+
+  /** The way from a request's logical blocks, in their order, to the physical ones. */
+  drawPath(context, theme, path) {
+    const [w, h] = this.large ? [this.cell[0] - 8, this.cell[1] - 20] : [this.cell[0] - 2, this.cell[1] - 2];
+    const points = path.map((id) => this.corner(id)).map(([x, y]) => [x + w / 2, y + h / 2]);
+    for (const [colour, width] of [[theme.page, 5], [theme.ink, 2]]) {
+      context.strokeStyle = colour;
+      context.lineWidth = width;
+      context.lineJoin = "round";
+      context.beginPath();
+      points.forEach(([x, y]) => context.lineTo(x, y));
+      context.stroke();
+    }
+    path.forEach((id) => this.outline(context, id, theme.ink, this.cell[0] > 8 ? 2 : 1));
+    if (w < 26) return;
+    points.forEach(([x, y], i) => {
+      const radius = this.large ? 10 : 7;
+      context.fillStyle = theme.ink;
+      context.beginPath();
+      context.arc(x, y, radius, 0, 7);
+      context.fill();
+      write(context, String(i), x, y + 0.5, { colour: theme.page, font: `bold ${radius + 1}px ${LETTERS}`, align: "center" });
+    });
+  }
+
+  outline(context, id, colour, width) {
+    const [x, y] = this.corner(id);
+    const [w, h] = this.large ? [this.cell[0] - 8, this.cell[1] - 20] : [this.cell[0] - 2, this.cell[1] - 2];
+    context.strokeStyle = colour;
+    context.lineWidth = width;
+    context.strokeRect(x - 1, y - 1, w + 2, h + 2);
+  }
+}
+
+// -- The requests --------------------------------------------------------------------------------------------------------
+
+const MAX_BOXES = 48; // so many logical blocks are shown with their text; of more, only the block tables
+const LINE = 13;
+
+class Requests extends Part {
+  constructor(player) {
+    super(player);
+    this.element = document.createElement("div");
+    this.element.className = "nanovllm-scroll";
+    this.element.tabIndex = -1;
+    this.element.append(this.canvas);
+    this.canvas.addEventListener("mousemove", (event) => player.pointAt({ request: this.requestAt(this.position(event)[1]) }));
+    this.canvas.addEventListener("mouseleave", () => player.pointAt({}));
+    this.canvas.addEventListener("click", (event) => player.choose(this.requestAt(this.position(event)[1])));
+  }
+
+  layout(width) {
+    const { frames, blockSize } = this.recording;
+    this.width = width;
+    const requests = [...frames.at(-1).requests.values()];
+    const boxes = requests.map(({ tokens }) => Math.ceil(tokens / blockSize));
+    this.detailed = requests.length <= 8 && boxes.reduce((a, b) => a + b, 0) <= MAX_BOXES;
+    this.slots = new Map();
+    if (this.detailed) {
+      this.perRow = Math.max(1, Math.floor((width + 6) / 126));
+      this.boxWidth = Math.min(150, (width + 6) / this.perRow - 6);
+      const lines = Math.ceil((blockSize * 4.6 * 6.1) / (this.boxWidth - 8));
+      this.lines = Math.max(1, Math.min(5, lines));
+      this.boxHeight = this.lines * LINE + 6;
+      this.height = 0;
+      requests.forEach(({ id }, i) => {
+        const height = 24 + Math.ceil(boxes[i] / this.perRow) * (this.boxHeight + 18) + 6;
+        this.slots.set(id, { y: this.height, height });
+        this.height += height;
+      });
+    } else {
+      const most = Math.max(...frames.map((frame) => this.present(frame).length));
+      this.rowHeight = 20;
+      this.height = Math.min(most, 400) * this.rowHeight + 22;
+    }
+    this.height = Math.max(this.height, 24);
+  }
+
+  /** Those that are not done. */
+  present(frame) {
+    return [...frame.requests.values()].filter(({ status }) => !FINISHED.has(status));
+  }
+
+  requestAt(y) {
+    for (const [id, slot] of this.slots) if (y >= slot.y && y < slot.y + slot.height) return id;
+    return undefined;
+  }
+
+  draw(index, theme) {
+    const context = prepare(this.canvas, this.width, this.height);
+    const frame = this.recording.frames[index];
+    if (this.detailed) {
+      for (const request of frame.requests.values()) this.drawDetailed(context, theme, request);
+      return;
+    }
+    this.slots.clear();
+    const present = this.present(frame);
+    present.slice(0, 400).forEach((request, i) => {
+      this.slots.set(request.id, { y: i * this.rowHeight, height: this.rowHeight });
+      this.drawRow(context, theme, request, i * this.rowHeight);
+    });
+    const done = frame.requests.size - present.length;
+    const text = `${done} finished`;
+    if (done) write(context, text, 2, present.length * this.rowHeight + 11, { colour: theme.quiet, font: `12px ${LETTERS}` });
+  }
+
+  drawHead(context, theme, { id, name, status, computed, tokens, new: fresh, hit }, y) {
+    if (this.player.lit === id) {
+      context.fillStyle = theme.empty;
+      context.fillRect(0, y, this.width, this.slots.get(id).height - (this.detailed ? 6 : 0));
+      context.fillStyle = theme.ink;
+      context.fillRect(0, y, 3, this.slots.get(id).height - (this.detailed ? 6 : 0));
+    }
+    badge(context, name, this.recording.colour(name), 5, y + 2, 26, 16);
+    const quiet = FINISHED.has(status) || status === "waiting";
+    write(context, status, 37, y + 10.5, {
+      colour: quiet ? theme.quiet : theme.ink,
+      font: `${status === "preempted" ? "bold " : ""}12px ${LETTERS}`,
+    });
+    if (!this.detailed) return;
+    const counts = [`${computed} of ${tokens} tokens in the cache`];
+    if (hit) counts.push(`${hit} of them found there`);
+    if (fresh) counts.push(`${fresh} computed in this step`);
+    const text = FINISHED.has(status) ? `${tokens} tokens` : counts.join(", ");
+    write(context, text, 104, y + 10.5, { colour: theme.quiet, font: `12px ${LETTERS}`, width: this.width - 106 });
+  }
+
+  /** A request as its logical blocks, with the tokens in them, each above the physical block that holds it. */
+  drawDetailed(context, theme, request) {
+    const { y } = this.slots.get(request.id);
+    const { blockSize, texts } = this.recording;
+    this.drawHead(context, theme, request, y);
+    const tokens = texts.get(request.id).slice(0, request.tokens);
+    for (let i = 0; i * blockSize < tokens.length; i++) {
+      const x = 6 + (i % this.perRow) * (this.boxWidth + 6);
+      const top = y + 24 + Math.floor(i / this.perRow) * (this.boxHeight + 18);
+      this.drawTokens(context, theme, request, tokens.slice(i * blockSize, (i + 1) * blockSize), i * blockSize, x, top);
+      const block = request.table[i];
+      context.strokeStyle = block === undefined ? theme.line : theme.quiet;
+      context.lineWidth = 1;
+      context.setLineDash(block === undefined ? [3, 3] : []);
+      context.strokeRect(x + 0.5, top + 0.5, this.boxWidth - 9, this.boxHeight - 1);
+      context.setLineDash([]);
+      const label = block === undefined ? `${i}` : `${i} → block ${block}`;
+      write(context, label, x + 2, top + this.boxHeight + 8, { colour: theme.quiet, font: `11px ${LETTERS}` });
+    }
+  }
+
+  drawTokens(context, theme, request, texts, first, x, top) {
+    const [left, right] = [x + 4, x + this.boxWidth - 12];
+    const { background } = this.recording.colour(request.name);
+    context.font = `10.5px ${CODE}`;
+    const advance = context.measureText("m").width;
+    let [tx, line] = [left, 0];
+    for (const [i, text] of texts.entries()) {
+      const shown = printable(text);
+      let width = shown.length * advance;
+      if (tx > left && tx + width > right) [tx, line] = [left, line + 1];
+      if (line >= this.lines) return;
+      width = Math.min(width, right - tx);
+      const position = first + i;
+      const isComputed = position < request.computed;
+      const isNew = isComputed && position >= request.computed - request.new;
+      const y = top + 3 + line * LINE;
+      if (isComputed) {
+        context.globalAlpha *= isNew ? 0.55 : 0.22;
+        context.fillStyle = background;
+        context.fillRect(tx, y, width - 0.8, LINE - 1);
+        context.globalAlpha = 1;
+      }
+      if (isNew) {
+        context.fillStyle = theme.ink;
+        context.fillRect(tx, y + LINE - 2, width - 0.8, 1);
+      }
+      const style = { colour: isComputed ? theme.ink : theme.quiet, font: `10.5px ${CODE}` };
+      write(context, shown.slice(0, Math.floor(width / advance + 0.01)), tx, y + LINE / 2, style);
+      tx += width;
+    }
+  }
+
+  /** A request as one line: its letter, what it does, its block table. */
+  drawRow(context, theme, request, y) {
+    this.drawHead(context, theme, request, y);
+    const font = `11px ${LETTERS}`;
+    write(context, `${request.computed}/${request.tokens}`, 148, y + 10.5, { colour: theme.quiet, font, align: "right" });
+    const room = Math.floor((this.width - 158) / 27);
+    const { table } = request;
+    const shown = table.length > room ? table.slice(0, room - 1) : table;
+    context.fillStyle = theme.empty;
+    shown.forEach((_, i) => context.fillRect(156 + i * 27, y + 3, 25, 15));
+    shown.forEach((block, i) => write(context, String(block), 168.5 + i * 27, y + 10.5, { colour: theme.ink, font: `10px ${LETTERS}`, align: "center" }));
+    if (shown.length < table.length) {
+      write(context, `+${table.length - shown.length}`, 156 + shown.length * 27, y + 10.5, { colour: theme.quiet, font });
+    }
+  }
+
+  /** Scroll to the request that the keys have chosen. */
+  reveal(id) {
+    const slot = this.slots.get(id);
+    if (!slot) return;
+    const { scrollTop, clientHeight } = this.element;
+    if (slot.y < scrollTop) this.element.scrollTop = slot.y;
+    else if (slot.y + slot.height > scrollTop + clientHeight) this.element.scrollTop = slot.y + slot.height - clientHeight;
+  }
+}
+
+function printable(text) {
+  return text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+}
+
+// -- The timeline --------------------------------------------------------------------------------------------------------
+
+const NAMES = 46; // left of the steps
+const AXIS = 20;
+const BUDGET = 44;
+const NARROWEST = 5; // a step is at least so wide; of more steps than fit, those around the current one are shown
+
+class Timeline extends Part {
+  constructor(player) {
+    super(player);
+    this.canvas.style.cursor = "pointer";
+    this.canvas.addEventListener("click", (event) => {
+      const index = this.stepAt(this.position(event)[0]);
+      if (index !== undefined) player.goTo(index);
+    });
+    this.canvas.addEventListener("mousemove", (event) => {
+      const [x, y] = this.position(event);
+      const step = this.stepAt(x);
+      player.pointAt({ step, request: step === undefined ? undefined : this.requestAt(step, y) });
+    });
+    this.canvas.addEventListener("mouseleave", () => player.pointAt({}));
+  }
+
+  layout(width) {
+    const { lanes, frames } = this.recording;
+    this.width = width;
+    this.rowHeight = lanes.count <= 12 ? 24 : lanes.count <= 32 ? 17 : lanes.count <= 70 ? 11 : 6;
+    const room = width - NAMES - 8;
+    const count = Math.max(1, frames.length - 1);
+    this.column = Math.max(NARROWEST, Math.min(44, room / count));
+    this.visible = Math.min(count, Math.floor(room / this.column + 1e-6));
+    this.bottom = AXIS + lanes.count * this.rowHeight + 6;
+    this.height = this.bottom + BUDGET + 18;
+  }
+
+  /** The first step that is shown when frame `index` is. */
+  start(index) {
+    const count = this.recording.frames.length - 1;
+    return Math.max(1, Math.min(index - Math.floor(this.visible / 2), count - this.visible + 1));
+  }
+
+  stepAt(x) {
+    const index = this.start(this.player.index) + Math.floor((x - NAMES) / this.column);
+    const isThere = x >= NAMES && index < this.recording.frames.length && x < NAMES + this.visible * this.column;
+    return isThere ? index : undefined;
+  }
+
+  requestAt(step, y) {
+    const lane = Math.floor((y - AXIS) / this.rowHeight);
+    const { lanes, frames } = this.recording;
+    const there = [...frames[step].requests.values()].filter(({ id }) => lanes.of.get(id) === lane);
+    return there.at(-1)?.id;
+  }
+
+  draw(index, theme) {
+    const context = prepare(this.canvas, this.width, this.height);
+    const start = this.start(index);
+    const end = Math.min(start + this.visible, this.recording.frames.length);
+    const x = (step) => NAMES + (step - start) * this.column;
+    const scene = { context, theme, start, end, x, index };
+    if (index >= start && index < end) {
+      context.fillStyle = theme.empty;
+      context.fillRect(x(index), 0, this.column, this.height);
+    }
+    this.drawAxis(scene);
+    this.drawNames(scene);
+    for (const run of this.recording.runs) if (run.last >= start && run.first < end) this.drawRun(scene, run);
+    this.drawBudget(scene);
+    if (index >= start && index < end) {
+      context.strokeStyle = theme.ink;
+      context.lineWidth = 1.5;
+      context.strokeRect(x(index), 1, Math.max(3, this.column), this.height - 3);
+    }
+  }
+
+  drawAxis({ context, theme, start, end, x, index }) {
+    const every = [1, 2, 5, 10, 20, 50, 100].find((n) => n * this.column >= 30) ?? 200;
+    write(context, "step", NAMES - 6, 10, { colour: theme.quiet, font: `11px ${LETTERS}`, align: "right" });
+    for (let step = start; step < end; step++) {
+      if ((step - 1) % every && step !== index) continue;
+      if (step !== index && Math.abs(step - index) * this.column < 26) continue;
+      const font = `${step === index ? "bold " : ""}11px ${LETTERS}`;
+      const colour = step === index ? theme.ink : theme.quiet;
+      write(context, String(step - 1), x(step) + this.column / 2, 10, { colour, font, align: "center" });
+    }
+    context.strokeStyle = theme.line;
+    context.lineWidth = 0.5;
+    context.beginPath();
+    const lines = this.column >= 12 ? 1 : every;
+    for (let step = start; step < end; step++) {
+      if ((step - 1) % lines) continue;
+      context.moveTo(x(step), AXIS);
+      context.lineTo(x(step), this.bottom + BUDGET);
+    }
+    context.stroke();
+  }
+
+  /** The letter of who is in each row at the current step, or else of who was there last. */
+  drawNames({ context, theme, index }) {
+    const { lanes, frames, colour } = this.recording;
+    const height = Math.min(16, this.rowHeight - 1);
+    const latest = new Map();
+    const requests = this.rowHeight < 9 ? [] : frames[index].requests.values();
+    const everyone = lanes.count === frames.at(-1).requests.size ? frames.at(-1).requests.values() : requests;
+    for (const request of everyone) latest.set(lanes.of.get(request.id), request);
+    for (const [lane, { id, name }] of latest) {
+      const y = AXIS + lane * this.rowHeight;
+      if (this.player.lit === id) {
+        context.fillStyle = theme.empty;
+        context.fillRect(0, y, this.width, this.rowHeight);
+      }
+      badge(context, name, colour.call(this.recording, name), 8, y + (this.rowHeight - height) / 2, 28, height);
+    }
+  }
+
+  drawRun({ context, theme, start, end, x }, { id, name, kind, first, last, tokens, hit, end: ending }) {
+    const colour = this.recording.colour(name);
+    const h = this.rowHeight;
+    const y = AXIS + this.recording.lanes.of.get(id) * h;
+    const [left, right] = [x(Math.max(first, start)), x(Math.min(last + 1, end))];
+    const gap = this.column >= 8 ? 1 : 0;
+    const middle = y + h / 2;
+    if (kind === "prefill") {
+      const [top, height] = [y + h * 0.08, h * 0.84];
+      context.fillStyle = colour.background;
+      context.fillRect(left + gap, top, right - left - 2 * gap, height);
+      if (hit) {
+        context.fillStyle = theme.page;
+        context.fillRect(left + gap, top, right - left - 2 * gap, height * 0.3);
+        hatch(context, left + gap, top, right - left - 2 * gap, height * 0.3, theme.ink, 4);
+      }
+      context.font = `bold 10px ${LETTERS}`;
+      if (h >= 14 && context.measureText(tokens).width < right - left - 3) {
+        const style = { colour: colour.ink, font: `bold 10px ${LETTERS}`, align: "center" };
+        write(context, String(tokens), (left + right) / 2, top + height * (hit ? 0.68 : 0.52), style);
+      }
+    } else if (kind === "decode") {
+      context.fillStyle = colour.background;
+      context.fillRect(left + gap, middle - h * 0.18, right - left - 2 * gap, h * 0.36);
+      context.fillStyle = theme.page;
+      if (this.column >= 8) {
+        for (let step = Math.max(first, start) + 1; step <= last && step < end; step++) {
+          context.fillRect(x(step) - 1, middle - h * 0.18, 2, h * 0.36);
+        }
+      }
+    } else if (kind === "preempted") {
+      const r = Math.min(h * 0.32, 6);
+      const cx = (left + right) / 2;
+      context.fillStyle = theme.ink;
+      context.fill(new Path2D(`M${cx} ${middle + r} l${-r} ${-2 * r} h${2 * r} z`));
+    } else {
+      context.strokeStyle = kind === "idle" ? colour.background : theme.quiet;
+      context.lineWidth = 1.2;
+      context.setLineDash(kind === "idle" ? [] : [2, 3]);
+      context.beginPath();
+      context.moveTo(left + 1, middle);
+      context.lineTo(right - 1, middle);
+      context.stroke();
+      context.setLineDash([]);
+    }
+    if (ending && last < end) {
+      context.fillStyle = theme.ink;
+      context.fillRect(right - 2, y + h * 0.1, 2, h * 0.8);
+      if (ending === "aborted" && h >= 14) {
+        write(context, "✕", right + 2, middle, { colour: theme.ink, font: `bold 11px ${LETTERS}` });
+      }
+    }
+  }
+
+  drawBudget({ context, theme, start, end, x, index }) {
+    const { budget, frames } = this.recording;
+    const bottom = this.bottom + BUDGET;
+    const gap = this.column >= 8 ? 1 : 0;
+    const style = { colour: theme.quiet, font: `10px ${LETTERS}`, align: "right" };
+    write(context, String(budget), NAMES - 6, this.bottom + 6, style);
+    write(context, "tokens", NAMES - 6, this.bottom + 22, style);
+    write(context, "0", NAMES - 6, bottom - 4, style);
+    for (let step = start; step < end; step++) {
+      const { tokens } = frames[step];
+      const full = (BUDGET * Math.min(tokens, budget)) / budget;
+      context.fillStyle = theme.quiet;
+      if (tokens) context.fillRect(x(step) + gap, bottom - Math.max(1, full), this.column - 2 * gap, Math.max(1, full));
+      context.font = `10px ${LETTERS}`;
+      if (tokens && this.column > context.measureText(tokens).width + 2) {
+        const colour = step === index ? theme.ink : theme.quiet;
+        write(context, String(tokens), x(step) + this.column / 2, bottom + 9, { colour, font: `10px ${LETTERS}`, align: "center" });
+      }
+    }
+    context.strokeStyle = theme.line;
+    context.lineWidth = 1;
+    context.setLineDash([4, 3]);
+    context.beginPath();
+    context.moveTo(NAMES, this.bottom + 0.5);
+    context.lineTo(x(end), this.bottom + 0.5);
+    context.stroke();
+    context.setLineDash([]);
+    context.beginPath();
+    context.moveTo(NAMES, bottom + 0.5);
+    context.lineTo(x(end), bottom + 0.5);
+    context.stroke();
+  }
+}
+
+// -- The player: a slider, keys, and the parts -----------------------------------------------------------------------------
+
+const VIEWS = {
+  CacheMap: { label: "Cache map", parts: [CacheMap, Requests] },
+  Timeline: { label: "Timeline", parts: [Timeline] },
+  Player: { label: "Cache map and timeline", parts: [CacheMap, Requests, Timeline] },
+};
+const MAP_LEGEND =
+  "kept: nobody holds the block, but the prefix cache still finds it. #1 is the free block that is taken next. " +
+  "Bold frame: changed in this step; dots: tokens it added.";
+const TIMELINE_LEGEND =
+  "tall bar: a chunk of prefill, with its tokens; hatched: found in the prefix cache; thin bar: decode; dotted: waits; " +
+  "▼ preempted; | finished. Below: tokens of the step, of the budget that it may have.";
+const KEYS = "Left and right arrow: previous and next step. Page up and down: 10 steps. Home, End: first, last. " +
+  "Space: play or pause. Plus and minus: speed. Up and down arrow: choose a request.";
+
+class Player {
+  constructor(element, recording, { view, index }) {
+    this.recording = recording;
+    this.index = index;
+    this.pointed = {}; // what the mouse is on: {block}, {request} or {step, request}
+    this.chosen = undefined; // the request that the keys or a click have chosen
+    this.speed = 1; // steps a second: an index of SPEEDS
+    this.numDrawn = 0;
+    this.view = view;
+    this.build(element);
+    this.resizes = new ResizeObserver(() => this.layout());
+    this.resizes.observe(this.root);
+    this.themes = new MutationObserver(() => this.redraw());
+    this.themes.observe(document.body, { attributes: true });
+    this.media = ["(prefers-color-scheme: dark)", "print"].map((query) => window.matchMedia(query));
+    this.onMedia = () => this.draw();
+    for (const media of this.media) media.addEventListener("change", this.onMedia);
+    this.layout();
+  }
+
+  build(element) {
+    const { label, parts } = VIEWS[this.view];
+    this.root = document.createElement("div");
+    this.root.className = "nanovllm";
+    this.root.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves keys pressed in here alone
+    this.root.setAttribute("role", "group");
+    this.root.setAttribute("aria-label", label);
+    this.root.nanovllm = this; // for tests, and for the curious
+    this.root.innerHTML = `
+      <div class="nanovllm-controls">
+        <button class="nanovllm-previous" tabindex="-1" title="Previous step (←)" aria-label="Previous step">◀</button>
+        <button class="nanovllm-play" tabindex="-1" title="Play or pause (space)">▶ Play</button>
+        <button class="nanovllm-next" tabindex="-1" title="Next step (→)" aria-label="Next step">▶</button>
+        <input type="range" min="0" step="1" aria-label="${label}: step" aria-description="${KEYS}">
+        <span class="nanovllm-count"></span>
+        <select tabindex="-1" title="Speed (+ and −)" aria-label="Speed">
+          ${SPEEDS.map((speed, i) => `<option value="${i}">${speed} step${speed > 1 ? "s" : ""}/s</option>`).join("")}
+        </select>
+      </div>
+      <div class="nanovllm-sentence" role="status" aria-live="polite"></div>
+      <div class="nanovllm-parts"></div>
+      <div class="nanovllm-detail" aria-live="polite"></div>
+      <div class="nanovllm-legend"></div>`;
+    const find = (selector) => this.root.querySelector(selector);
+    this.slider = find("input");
+    this.count = find(".nanovllm-count");
+    this.sentence = find(".nanovllm-sentence");
+    this.detail = find(".nanovllm-detail");
+    this.speeds = find("select");
+    this.buttons = { previous: find(".nanovllm-previous"), play: find(".nanovllm-play"), next: find(".nanovllm-next") };
+    const legends = [parts.includes(CacheMap) && MAP_LEGEND, parts.includes(Timeline) && TIMELINE_LEGEND];
+    find(".nanovllm-legend").append(...legends.filter(Boolean).flatMap((text) => [text, document.createElement("br")]));
+    this.parts = parts.map((Part) => new Part(this));
+    find(".nanovllm-parts").append(...this.parts.map((part) => part.element));
+    this.speeds.value = String(this.speed);
+    this.slider.addEventListener("input", () => this.goTo(this.slider.valueAsNumber));
+    this.buttons.previous.addEventListener("click", () => this.goTo(this.index - 1));
+    this.buttons.next.addEventListener("click", () => this.goTo(this.index + 1));
+    this.buttons.play.addEventListener("click", () => this.play(!this.timer));
+    this.speeds.addEventListener("change", () => this.setSpeed(Number(this.speeds.value)));
+    this.slider.addEventListener("keydown", (event) => this.onKey(event));
+    this.root.addEventListener("keydown", (event) => event.stopPropagation());
+    element.append(this.root);
+  }
+
+  // What the reader does.
+
+  goTo(index, { playing = false } = {}) {
+    if (!playing) this.play(false);
+    this.index = Math.max(0, Math.min(index, this.last));
+    this.redraw();
+  }
+
+  get last() {
+    return this.recording.frames.length - 1;
+  }
+
+  play(plays) {
+    clearInterval(this.timer);
+    this.timer = plays ? setInterval(() => this.tick(), 1000 / SPEEDS[this.speed]) : undefined;
+    this.buttons.play.textContent = plays ? "❚❚ Pause" : "▶ Play";
+    this.sentence.setAttribute("aria-live", plays ? "off" : "polite"); // nobody listens that fast
+    if (plays && this.index === this.last) this.goTo(0, { playing: true });
+  }
+
+  tick() {
+    this.goTo(this.index + 1, { playing: true });
+    if (this.index === this.last) this.play(false);
+  }
+
+  setSpeed(speed) {
+    this.speed = Math.max(0, Math.min(speed, SPEEDS.length - 1));
+    this.speeds.value = String(this.speed);
+    if (this.timer) this.play(true);
+  }
+
+  onKey(event) {
+    const actions = {
+      ArrowLeft: () => this.goTo(this.index - 1),
+      ArrowRight: () => this.goTo(this.index + 1),
+      PageUp: () => this.goTo(this.index - 10),
+      PageDown: () => this.goTo(this.index + 10),
+      Home: () => this.goTo(0),
+      End: () => this.goTo(this.last),
+      " ": () => this.play(!this.timer),
+      "+": () => this.setSpeed(this.speed + 1),
+      "-": () => this.setSpeed(this.speed - 1),
+      ArrowUp: () => this.chooseNext(-1),
+      ArrowDown: () => this.chooseNext(1),
+      Escape: () => this.choose(undefined),
+    };
+    if (!(event.key in actions) || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    actions[event.key]();
+  }
+
+  /** The request whose way to its blocks is shown. */
+  get lit() {
+    return this.pointed.request ?? this.chosen;
+  }
+
+  pointAt(pointed) {
+    if (JSON.stringify(pointed) === JSON.stringify(this.pointed)) return;
+    this.pointed = pointed;
+    this.redraw();
+  }
+
+  choose(request) {
+    this.chosen = request === this.chosen ? undefined : request;
+    this.redraw();
+  }
+
+  chooseNext(direction) {
+    const ids = [undefined, ...this.recording.frames[this.index].requests.keys()];
+    this.chosen = ids.at((ids.indexOf(this.chosen) + direction) % ids.length);
+    for (const part of this.parts) part.reveal?.(this.chosen);
+    this.redraw();
+  }
+
+  /** The run has grown, or is another one. */
+  show(recording, index) {
+    this.recording = recording;
+    this.layout();
+    this.goTo(index);
+  }
+
+  // What the reader sees.
+
+  layout() {
+    const width = Math.floor(this.root.clientWidth);
+    if (!width) return; // it is not in the page yet, or in a hidden tab
+    const isWide = width >= 720;
+    for (const part of this.parts) {
+      if (part instanceof CacheMap) {
+        part.layout(isWide ? Math.floor(width * (this.recording.numBlocks <= 32 ? 0.44 : 0.54)) : width);
+      } else if (part instanceof Requests) {
+        part.layout(isWide ? width - 20 - this.parts[0].width : width);
+      } else {
+        part.layout(width);
+      }
+    }
+    this.slider.max = String(this.last);
+    this.draw();
+  }
+
+  /** Draw with the screen's next frame, once, however often it is asked for. */
+  redraw() {
+    this.request ??= requestAnimationFrame(() => this.draw());
+  }
+
+  draw() {
+    cancelAnimationFrame(this.request);
+    this.request = undefined;
+    const frame = this.recording.frames[this.index];
+    const style = getComputedStyle(this.root);
+    const names = ["page", "ink", "quiet", "line", "empty", "accent"];
+    const theme = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+    if (this.root.clientWidth) for (const part of this.parts) part.draw(this.index, theme);
+    this.slider.value = String(this.index);
+    this.slider.setAttribute("aria-valuetext", frame.title);
+    this.count.textContent = `${frame.title} of ${this.last}`;
+    this.sentence.textContent = frame.sentence;
+    this.detail.textContent = this.describe(frame);
+    this.buttons.previous.disabled = this.index === 0;
+    this.buttons.next.disabled = this.index === this.last;
+    this.root.dataset.index = String(this.index);
+    this.numDrawn += 1;
+  }
+
+  /** What the mouse or the keys are on, in a line. */
+  describe(frame) {
+    const { block, step } = this.pointed;
+    if (block !== undefined) return this.describeBlock(frame, block);
+    const request = this.recording.frames[step ?? this.index].requests.get(this.lit);
+    if (!request) return step === undefined ? "" : this.recording.frames[step].sentence;
+    const way = request.table.map((id, i) => `${i} → ${id}`).join(", ");
+    const where = step === undefined ? "" : `${this.recording.frames[step].title}, `;
+    const did = request.new ? `, computes ${request.new}` : "";
+    const found = request.hit ? `, ${request.hit} found in the cache` : "";
+    const text = `${where}${request.name}: ${request.status}${did}${found}; ${request.computed} of ${request.tokens} tokens in the cache`;
+    return `${text}; logical → physical blocks: ${way || "none"}`;
+  }
+
+  describeBlock(frame, id) {
+    const { owners, filled, hash } = frame.blocks[id];
+    const names = owners.map((owner) => frame.requests.get(owner).name);
+    const place = `number ${frame.free.indexOf(id) + 1} in the queue of free blocks`;
+    const held = names.length ? `held by ${names.join(", ")}` : `${hash === null ? "free" : "kept"}, ${place}`;
+    const known = hash === null ? "no hash" : `hash ${hash}`;
+    const text = filled ? `: “${printable(this.recording.tokensOf(id, this.index).join(""))}”` : "";
+    return `Block ${id}: ${held}; ${known}; ${filled} of ${this.recording.blockSize} tokens${text}`;
+  }
+
+  remove() {
+    clearInterval(this.timer);
+    cancelAnimationFrame(this.request);
+    this.resizes.disconnect();
+    this.themes.disconnect();
+    for (const media of this.media) media.removeEventListener("change", this.onMedia);
+    this.root.remove();
+  }
+}
+
+/** Show a packed run in `element`. @returns {Promise<Player>} */
+export async function mount(element, { data, view, index }) {
+  return new Player(element, await Recording.unpack(data), { view, index });
+}
+
+/** In a notebook: one recording, as many views of it as there are, and messages with new frames. */
+export default function () {
+  const players = new Set();
+  let ready; // the recording; messages wait for it, one after the other
+  const bytes = (model) => {
+    const data = model.get("data");
+    return new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+  };
+  const show = (recording, index) => players.forEach((player) => player.show(recording, index));
+  return {
+    initialize({ model }) {
+      ready = Recording.unpack(bytes(model));
+      model.on("change:data", () => {
+        ready = Recording.unpack(bytes(model));
+        ready.then((recording) => show(recording, model.get("index")));
+      });
+      model.on("msg:custom", (message) => {
+        ready = ready.then((recording) => {
+          recording.append(message);
+          show(recording, recording.frames.length - 1);
+          return recording;
+        });
+      });
+    },
+    async render({ model, el }) {
+      const player = new Player(el, await ready, { view: model.get("view"), index: model.get("index") });
+      players.add(player);
+      return () => {
+        players.delete(player);
+        player.remove();
+      };
+    },
+  };
+}
