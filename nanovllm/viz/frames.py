@@ -10,15 +10,16 @@ browser. A trace that is still growing is fine: its new steps are there when the
 """
 
 import hashlib
-from collections.abc import Iterable, Sized
+from collections.abc import Collection, Iterable, Sized
 from dataclasses import dataclass, field, replace
-from itertools import count, islice, takewhile
+from functools import lru_cache
+from itertools import count, islice, takewhile, zip_longest
 from typing import Any, NamedTuple
 
 from nanovllm.engine.trace import BlockState, Scheduled, Step, Trace
 from nanovllm.viz.theme import letter
 
-MAX_NAMED = 6  # a sentence names so many requests or blocks, then "and 12 more"
+MAX_NAMED = 6  # a sentence names up to so many requests or blocks; of more, the first three "and 12 more"
 
 
 class RequestFrame(NamedTuple):
@@ -59,12 +60,12 @@ class Frame:
     changed: frozenset[int]  # blocks that the step took, filled, shared, gave back or evicted
     num_tokens: int  # computed in the step
     num_used_blocks: int
-    trace: Trace = field(repr=False)
+    frames: "Frames" = field(repr=False, compare=False)
 
     @property
     def blocks(self) -> tuple[BlockState, ...]:
-        """Every block of the pool, computed anew each time: keep it if you need it twice."""
-        return self.trace.blocks_before() if self.index < 0 else self.trace.blocks_at(self.index)
+        """Every block of the pool; computed when it is asked for, because a long run has millions of them."""
+        return self.frames.blocks_after(self.index)
 
     @property
     def num_kept_blocks(self) -> int:
@@ -75,7 +76,7 @@ class Frame:
     def summary(self) -> str:
         """The whole in one line."""
         running, waiting = sum(r.is_running for r in self.requests), sum(r.is_waiting for r in self.requests)
-        used = f"{self.num_used_blocks} of {self.trace.num_blocks} blocks in use"
+        used = f"{self.num_used_blocks} of {self.frames.trace.num_blocks} blocks in use"
         return f"{running} running, {waiting} waiting, {used}, {self.num_kept_blocks} kept for the prefix cache"
 
 
@@ -88,6 +89,7 @@ class Frames:
         self._frames: list[Frame] = []
         self._num_owners = [block.ref_count for block in trace.blocks_before()]  # after the last frame that was made
         self._block_tables = dict(trace.block_tables_before())
+        self.blocks_after = lru_cache(maxsize=4)(self._blocks_after)
 
     def __len__(self) -> int:
         return len(self.trace.steps) + 1
@@ -122,6 +124,9 @@ class Frames:
         token_ids = (traced.prompt_token_ids + traced.output_token_ids)[: request.num_tokens]
         return "".join(self.trace.text_of(token_id) for token_id in token_ids[start:end])
 
+    def _blocks_after(self, step_index: int) -> tuple[BlockState, ...]:
+        return self.trace.blocks_at(step_index) if step_index >= 0 else self.trace.blocks_before()
+
     def fullest(self) -> int:
         """The frame in which most blocks are in use, the first of them."""
         return max(range(len(self)), key=lambda i: (self[i].num_used_blocks, -i))
@@ -129,8 +134,11 @@ class Frames:
     def digest(self) -> str:
         """A fingerprint of all frames: it changes if any block changes hands anywhere. Times do not count."""
         digest = hashlib.sha256(repr(self.trace.blocks_before()).encode())
+        last: tuple[RequestFrame, ...] = ()
         for i in range(len(self)):
-            digest.update(repr([tuple(request) for request in self[i].requests]).encode())
+            requests = self[i].requests
+            digest.update(repr([tuple(now) for now, was in zip_longest(requests, last) if now != was]).encode())
+            last = requests
         for step, pool in zip(self.trace.steps, self.trace.pools()):
             changed = sorted({event.block for event in step.block_events})
             digest.update(repr([(b, pool.owners[b], pool.filled[b], pool.hash[b]) for b in changed]).encode())
@@ -156,9 +164,17 @@ class Frames:
         changed = frozenset(event.block for event in step.block_events if event.kind != "clear")
         return self._frame(index, title, sentence, tuple(now.values()), changed, 0 if step.error else step.num_tokens)
 
-    def _frame(self, index: int, title: str, sentence: str, requests: tuple[RequestFrame, ...], *more: Any) -> Frame:
+    def _frame(
+        self,
+        index: int,
+        title: str,
+        sentence: str,
+        requests: tuple[RequestFrame, ...],
+        changed: frozenset[int],
+        num_tokens: int,
+    ) -> Frame:
         num_used_blocks = len(self._num_owners) - self._num_owners.count(0)
-        return Frame(index, title, sentence, requests, *more, num_used_blocks, self.trace)
+        return Frame(index, title, sentence, requests, changed, num_tokens, num_used_blocks, self)
 
     def _with_newcomers(self, frame: Frame) -> Frame:
         """The frame with those requests, too, that came after its step and before the next."""
@@ -175,7 +191,8 @@ class Frames:
 
     def _newcomer(self, request_id: int) -> RequestFrame:
         request = self.trace.requests[request_id]
-        num_prompt_tokens, num_tokens, table = len(request.prompt_token_ids), len(request.prompt_token_ids), ()
+        num_prompt_tokens = num_tokens = len(request.prompt_token_ids)
+        table: tuple[int, ...] = ()
         status = "waiting"
         if request.arrival == 0:  # it may have been there when the trace was opened
             num_sampled = sum(request_id in step.sampled for step in self.trace.steps)
@@ -194,13 +211,16 @@ class Frames:
     def _follow_blocks(self, step: Step) -> dict[int, list[int]]:
         """Bring the block tables to where they are after `step`; returns the blocks that each request set free."""
         returned: dict[int, list[int]] = {}
-        for kind, block, request, _ in step.block_events:
-            if kind in ("allocate", "share"):
+        for event in step.block_events:
+            block, request = event.block, event.request
+            if request is None:
+                continue  # evicted or cleared: nobody's table changes
+            if event.kind in ("allocate", "share"):
                 self._num_owners[block] += 1
                 self._block_tables[request] = (*self._block_tables.get(request, ()), block)
-            elif kind == "free":
+            elif event.kind == "free":
                 self._num_owners[block] -= 1
-                self._block_tables.pop(request, None)
+                self._block_tables.pop(request, None)  # all of them go at once
                 if self._num_owners[block] == 0:
                     returned.setdefault(request, []).append(block)
         return returned
@@ -344,10 +364,19 @@ def names(requests: Iterable[RequestFrame]) -> str:
 def listed(words: list[str]) -> str:
     """A, B and C; of many only the first few."""
     if len(words) > MAX_NAMED:
-        return ", ".join(words[:MAX_NAMED]) + f" and {len(words) - MAX_NAMED} more"
+        words = [*words[:3], f"{len(words) - 3} more"]
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def numbered(blocks: list[int]) -> str:
-    """block 3; blocks 3, 5 and 6."""
-    return plural(blocks, "block ", "blocks ") + listed([str(block) for block in sorted(blocks)])
+def numbered(blocks: Collection[int]) -> str:
+    """block 3; blocks 0-2, 5 and 6."""
+    runs: list[list[int]] = []
+    for block in sorted(blocks):
+        if runs and runs[-1][-1] == block - 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    words = []
+    for run in runs:
+        words += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(block) for block in run]
+    return plural(blocks, "block ", "blocks ") + listed(words)
