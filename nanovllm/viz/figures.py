@@ -30,12 +30,12 @@ KEPT = "#d0d0d0"
 
 BOX = 0.56  # the height of a block; its width is 1
 PITCH_X, PITCH_Y = 1.12, 0.92  # from a block to the next
-LOGICAL_X, LOGICAL_Y = 0.88, 0.4  # the size of a logical block
+LOGICAL_X, LOGICAL_Y = 0.88, 0.46  # the size of a logical block
 CELL = 0.9  # of a cell of the overview; from one to the next is 1
-POOL_KEY = (
-    "Bold outline: changed in this step. Grey: kept for the prefix cache, at this place in the queue of free blocks."
+KEY = (
+    "Bold outline: changed in this step. Grey: kept for the prefix cache, at this place in the queue of free blocks.\n"
+    "Below, each request's tokens; in 3: these lie in block 3; the stripe: computed so far; dotted: no block yet."
 )
-REQUEST_KEY = "Dotted: a token of it is not computed yet, and it has no block."
 OVERVIEW_KEY = (
     "Bold outline: changed in this step. ×2: shared by two. Small grey: kept for the prefix cache. Light grey: free."
 )
@@ -54,7 +54,7 @@ def cache_map_figure(frames: Frames, index: int) -> Figure:
         shown = [request for request in shown if not request.is_over]
     told = textwrap.wrap(f"{frame.title}: {frame.sentence}", 120)
     if is_small:
-        heights = [0.93 * -(-len(blocks) // 8), 0.58 * max(len(shown), 1)]
+        heights = [0.93 * -(-len(blocks) // 8), 0.61 * max(len(shown), 1)]
     else:
         num_columns = columns(len(blocks))
         heights = [8.8 / num_columns * -(-len(blocks) // num_columns), 0.24 * max(-(-len(shown) // 4), 1)]
@@ -69,10 +69,10 @@ def cache_map_figure(frames: Frames, index: int) -> Figure:
         else:
             draw_overview(pool, frames, frame, blocks)
             list_requests(requests, shown)
-        key = POOL_KEY if is_small else OVERVIEW_KEY
+        key = KEY if is_small else OVERVIEW_KEY
         num_left_out = len(frame.requests) - len(shown)
         key += f" And {num_left_out} more requests." if num_left_out else ""
-        figure.supxlabel(key, x=0.008, ha="left", fontsize=7.5, color=QUIET)
+        figure.supxlabel(key.strip(), x=0.008, ha="left", fontsize=7.5, color=QUIET)
     return figure
 
 
@@ -155,7 +155,7 @@ def draw_logical_block(ax: Axes, frames: Frames, r: RequestFrame, i: int, left: 
     draw_outline(ax, left, bottom, LOGICAL_X, LOGICAL_Y, linewidth=0.8, linestyle="-" if is_held else ":")
     text = frames.text(r, i * block_size, (i + 1) * block_size)
     words = "\n".join(textwrap.wrap(text, 17, max_lines=2, placeholder="…"))
-    ax.text(left + 0.03, bottom + 0.24, words, va="center", fontsize=6.5, parse_math=False)
+    ax.text(left + 0.03, bottom + 0.27, words, va="center", fontsize=6.5, parse_math=False)
 
 
 def columns(num_blocks: int) -> int:
@@ -213,11 +213,11 @@ def cache_map_alt(frames: Frames, index: int) -> str:
 # -- The timeline --------------------------------------------------------------------------------------------------------
 
 MARKS = {  # of a request in a step: marker, where it stands beside the middle of the step, label
-    "hit": ("$H$", -0.34, "hit in the prefix cache"),
+    "hit": ("$\\mathrm{H}$", -0.34, "hit in the prefix cache"),
     "preempted": ("x", 0, "preempted"),
-    "failed": ("$!$", 0, "the step fails"),
+    "failed": ("$\\mathrm{!}$", 0, "the step fails"),
     "finished": ("|", 0.5, "finished"),
-    "aborted": ("$A$", 0, "aborted"),
+    "aborted": ("$\\mathrm{A}$", 0, "aborted"),
 }
 
 
@@ -261,8 +261,8 @@ def draw_rows(ax: Axes, frames: Frames, shown: list[RequestFrame]) -> None:
                 marks[did] += [(k, row) for k in steps]
         for k, now in enumerate(history):
             if now and now.did == "prefill" and has_numbers:
-                draw_number(ax, r.name, k, row, now.num_new_tokens)
-            if now and now.num_hit_tokens:
+                draw_number(ax, r.name, k, row, f"{'H' if now.num_hit_tokens else ''}{now.num_new_tokens}")
+            elif now and now.num_hit_tokens:
                 marks["hit"].append((k, row))
             if r.id in frames.trace.steps[k].finished:
                 marks[r.status].append((k, row))
@@ -272,7 +272,7 @@ def draw_rows(ax: Axes, frames: Frames, shown: list[RequestFrame]) -> None:
             size = 14 if is_dense else 32
             ax.scatter(xs, ys, marker=marker, s=size, color=INK, label=label, zorder=3, linewidth=1)  # type: ignore
     handles: list[Any] = [
-        Patch(facecolor=QUIET, label="prefill" + (", tokens" if has_numbers else "")),
+        Patch(facecolor=QUIET, label="prefill" + (" of so many tokens, H after a hit" if has_numbers else "")),
         Line2D([], [], color=QUIET, linewidth=3, label="decode"),
         Line2D([], [], color=QUIET, linewidth=0.9, linestyle=":", label="waits"),
     ]
@@ -282,10 +282,10 @@ def draw_rows(ax: Axes, frames: Frames, shown: list[RequestFrame]) -> None:
     ax.tick_params(axis="x", labelbottom=False)
 
 
-def draw_number(ax: Axes, name: str, k: int, row: int, number: int) -> None:
+def draw_number(ax: Axes, name: str, k: int, row: int, number: str) -> None:
     box = dict(boxstyle="round,pad=0.1", facecolor=colour(name), edgecolor="none")
     ink = ink_on(colour(name))
-    ax.text(k, row + 0.03, str(number), ha="center", va="center", fontsize=7, color=ink, bbox=box)
+    ax.text(k, row + 0.03, number, ha="center", va="center", fontsize=7, color=ink, bbox=box)
 
 
 def draw_budget(ax: Axes, frames: Frames) -> None:
@@ -303,7 +303,7 @@ def draw_budget(ax: Axes, frames: Frames) -> None:
     else:
         ax.plot([], [], " ", label=f"the budget, {budget} tokens a step, is off the scale")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_ylabel("tokens")
     legend_above(ax, ax.get_legend_handles_labels()[0])
 
