@@ -1,6 +1,6 @@
 """Pictures of a running engine: as characters, as a figure, and live.
 
-    from nanovllm.viz import CacheMap, Player, Stepper, Timeline, export_html
+from nanovllm.viz import CacheMap, Player, Stepper, Timeline, export_html
 """
 
 from importlib import import_module

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from nanovllm.viz.figures import cache_map_figure
+from nanovllm.viz.figures import cache_map_alt, cache_map_figure
 from nanovllm.viz.live import LiveView
 from nanovllm.viz.text import cache_map_text
 
@@ -15,3 +15,6 @@ class CacheMap(LiveView):
 
     def figure(self) -> Figure:
         return cache_map_figure(self.frames, self.index)
+
+    def alt(self) -> str:
+        return cache_map_alt(self.frames, self.index)

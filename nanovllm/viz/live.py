@@ -60,17 +60,14 @@ class LiveView(anywidget.AnyWidget):
         """The picture as it is printed."""
         raise NotImplementedError
 
-    @property
     def alt(self) -> str:
         """The picture in a sentence or two."""
-        frame, num_blocks = self.frames[self.index], self.frames.trace.num_blocks
-        title = frame.title[0].upper() + frame.title[1:]
-        return f"{title}: {frame.num_used_blocks} of {num_blocks} blocks in use. {frame.sentence}"
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         return self.text()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         live, _ = super()._repr_mimebundle_(**kwargs)  # type: ignore[misc]
-        data, metadata = picture_bundle(self.figure(), self.text(), self.alt, widget=self.view)
+        data, metadata = picture_bundle(self.figure(), self.text(), self.alt(), widget=self.view)
         return live | data, metadata

@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from nanovllm.engine.trace import BlockState
-from nanovllm.viz.frames import Frame, Frames, RequestFrame
+from nanovllm.viz.frames import Frames, RequestFrame
 from nanovllm.viz.theme import COLOURS, ink_on
 
 UNTOUCHED = BlockState((), 0, 0, None, None)
 BLOCK = ("block", "owners", "filled", "hash")
-REQUEST = ("id", "name", "status", "prompt", "tokens", "computed", "new", "hit", "table", "texts")
+REQUEST = ("id", "name", "status", "did", "prompt", "tokens", "computed", "new", "hit", "table", "texts")
 
 
 def pack(frames: Frames) -> bytes:
@@ -39,9 +39,10 @@ def changes(frames: Frames, index: int) -> dict[str, Any]:
     it changed, else None; `texts` are the tokens that a request got. `free` are the ends of the queue of free blocks.
     """
     after, before = frames[index], frames[index - 1] if index else None
-    old_blocks = before.blocks if before else [UNTOUCHED] * len(after.blocks)
+    new_blocks = after.blocks
+    old_blocks = before.blocks if before else (UNTOUCHED,) * len(new_blocks)
     old_requests = {request.id: request for request in before.requests} if before else {}
-    data = {
+    data: dict[str, Any] = {
         "title": after.title,
         "sentence": after.sentence,
         "tokens": after.num_tokens,
@@ -50,7 +51,7 @@ def changes(frames: Frames, index: int) -> dict[str, Any]:
             BLOCK,
             (
                 (i, new.owners, new.filled, None if new.hash is None else f"{new.hash:016x}")
-                for i, (old, new) in enumerate(zip(old_blocks, after.blocks))
+                for i, (old, new) in enumerate(zip(old_blocks, new_blocks))
                 if old[:4] != new[:4]
             ),
         ),
@@ -63,7 +64,7 @@ def changes(frames: Frames, index: int) -> dict[str, Any]:
             ),
         ),
     }
-    old_queue, new_queue = queue(before) if before else [], queue(after)
+    old_queue, new_queue = queue(old_blocks), queue(new_blocks)
     if old_queue != new_queue:
         data["free"] = ends(old_queue, new_queue)
     return data
@@ -77,6 +78,7 @@ def row(request: RequestFrame, before: RequestFrame | None, frames: Frames) -> t
         request.id,
         request.name,
         request.status,
+        request.did,
         request.num_prompt_tokens,
         request.num_tokens,
         request.num_computed_tokens,
@@ -92,9 +94,9 @@ def table(names: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> dict[str, 
     return dict(zip(names, zip(*rows))) or {name: () for name in names}
 
 
-def queue(frame: Frame) -> list[int]:
+def queue(blocks: tuple[BlockState, ...]) -> list[int]:
     """The free blocks, the next to be taken first."""
-    places = sorted((state.free_index, i) for i, state in enumerate(frame.blocks) if state.free_index is not None)
+    places = sorted((state.free_index, i) for i, state in enumerate(blocks) if state.free_index is not None)
     return [block for _, block in places]
 
 

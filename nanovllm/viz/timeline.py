@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from nanovllm.viz.figures import timeline_figure
+from nanovllm.viz.figures import timeline_alt, timeline_figure
 from nanovllm.viz.live import LiveView
 from nanovllm.viz.text import timeline_text
 
@@ -15,3 +15,6 @@ class Timeline(LiveView):
 
     def figure(self) -> Figure:
         return timeline_figure(self.frames, self.index)
+
+    def alt(self) -> str:
+        return timeline_alt(self.frames, self.index)

@@ -118,10 +118,10 @@ function findRuns(frames) {
     for (const request of frames[i].requests.values()) {
       const before = frames[i - 1].requests.get(request.id);
       if (FINISHED.has(before?.status)) continue;
-      const kind = whatItDid(request, before);
+      const kind = request.did || (["waiting", "preempted"].includes(request.status) ? "wait" : "idle");
       const end = FINISHED.has(request.status) ? request.status : null;
       const latest = open.get(request.id);
-      if (latest?.kind === kind && kind !== "prefill" && kind !== "preempted") {
+      if (latest?.kind === kind && ["decode", "wait", "idle"].includes(kind)) {
         Object.assign(latest, { last: i, end });
       } else {
         const { id, name, new: tokens, hit } = request;
@@ -132,15 +132,6 @@ function findRuns(frames) {
     }
   }
   return runs;
-}
-
-function whatItDid(request, before) {
-  if (request.status === "preempted" && before?.status !== "preempted") return "preempted";
-  if (request.new) {
-    const decodes = request.status === "decode" || (request.new === 1 && request.computed > request.prompt);
-    return decodes && request.status !== "prefill" ? "decode" : "prefill";
-  }
-  return request.status === "waiting" || request.status === "preempted" ? "waiting" : "idle";
 }
 
 // -- Drawing -------------------------------------------------------------------------------------------------------------
@@ -222,7 +213,7 @@ class Part {
 
 // -- The cache map -------------------------------------------------------------------------------------------------------
 
-const LARGE = [96, 80]; // a block with its slots, its id below
+const LARGE = [84, 80]; // a block with its slots, its id below
 const SQUARES = [44, 36, 30, 26, 22, 20, 18, 16, 13, 11, 9, 7, 6, 5, 4, 3, 2];
 const MAP_HEIGHT = 460;
 const ID_WIDTH = 34; // left of small blocks: the id of the row's first
@@ -241,9 +232,8 @@ class CacheMap extends Part {
     this.left = this.large ? 0 : ID_WIDTH;
     if (this.large) {
       const most = Math.max(1, Math.floor(width / LARGE[0]));
-      const wanted = numBlocks % 4 === 0 && most >= 4 ? most - (most % 4) : most; // rows that are easy to count
-      this.columns = Math.min(wanted, numBlocks);
-      this.cell = [Math.min(120, Math.floor(width / this.columns)), LARGE[1]];
+      this.columns = Math.min(most < 4 ? most : most - (most % 4), numBlocks); // fours are easy to count
+      this.cell = [Math.min(140, Math.floor(width / this.columns)), LARGE[1]];
     } else {
       const size = SQUARES.find((s) => fits(s, s, width - this.left)) ?? SQUARES.at(-1);
       this.columns = Math.max(1, Math.floor((width - this.left) / size));
@@ -391,7 +381,11 @@ class CacheMap extends Part {
     if (owners.length && s >= 14) {
       const text = owners.length > 1 ? `×${owners.length}` : owners[0].name;
       const font = `bold ${s < 18 || text.length > 1 ? 9 : 11}px ${LETTERS}`;
-      const colour = full >= s * 0.6 ? owners[0].ink : theme.ink;
+      const colour = owners.length === 1 && full >= s * 0.6 ? owners[0].ink : theme.ink;
+      if (owners.length > 1) {
+        context.fillStyle = theme.page;
+        context.fillRect(x + 1, y + s / 2 - 5, s - 2, 10);
+      }
       write(context, text, x + s / 2, y + s / 2 + 0.5, { colour, font, align: "center" });
     }
     if (changed) {
@@ -447,7 +441,10 @@ class CacheMap extends Part {
 // -- The requests --------------------------------------------------------------------------------------------------------
 
 const MAX_BOXES = 48; // so many logical blocks are shown with their text; of more, only the block tables
+const MAX_ROWS = 400; // and so many requests have a row; of more, the number
 const LINE = 13;
+const ROW = 20;
+const TOKEN = `10.5px ${CODE}`;
 
 class Requests extends Part {
   constructor(player) {
@@ -469,11 +466,10 @@ class Requests extends Part {
     this.detailed = requests.length <= 8 && boxes.reduce((a, b) => a + b, 0) <= MAX_BOXES;
     this.slots = new Map();
     if (this.detailed) {
-      this.perRow = Math.max(1, Math.floor((width + 6) / 126));
-      this.boxWidth = Math.min(150, (width + 6) / this.perRow - 6);
-      const lines = Math.ceil((blockSize * 4.6 * 6.1) / (this.boxWidth - 8));
-      this.lines = Math.max(1, Math.min(5, lines));
-      this.boxHeight = this.lines * LINE + 6;
+      this.perRow = Math.max(1, Math.min(4, Math.floor((width - 4) / 126)));
+      this.boxWidth = Math.min(190, Math.floor((width - 4) / this.perRow) - 6);
+      this.places = new Map(requests.map(({ id }) => [id, this.placeTokens(this.recording.texts.get(id))]));
+      this.boxHeight = (1 + Math.max(0, ...[...this.places.values()].flat().map(({ line }) => line))) * LINE + 6;
       this.height = 0;
       requests.forEach(({ id }, i) => {
         const height = 24 + Math.ceil(boxes[i] / this.perRow) * (this.boxHeight + 18) + 6;
@@ -482,8 +478,7 @@ class Requests extends Part {
       });
     } else {
       const most = Math.max(...frames.map((frame) => this.present(frame).length));
-      this.rowHeight = 20;
-      this.height = Math.min(most, 400) * this.rowHeight + 22;
+      this.height = (Math.min(most, MAX_ROWS) + 2) * ROW;
     }
     this.height = Math.max(this.height, 24);
   }
@@ -507,13 +502,17 @@ class Requests extends Part {
     }
     this.slots.clear();
     const present = this.present(frame);
-    present.slice(0, 400).forEach((request, i) => {
-      this.slots.set(request.id, { y: i * this.rowHeight, height: this.rowHeight });
-      this.drawRow(context, theme, request, i * this.rowHeight);
+    const style = { colour: theme.quiet, font: `11px ${LETTERS}` };
+    write(context, "cached / tokens", 148, ROW / 2, { ...style, align: "right" });
+    write(context, "block table", 156, ROW / 2, style);
+    const shown = present.slice(0, MAX_ROWS);
+    shown.forEach((request, i) => {
+      this.slots.set(request.id, { y: (i + 1) * ROW, height: ROW });
+      this.drawRow(context, theme, request, (i + 1) * ROW);
     });
-    const done = frame.requests.size - present.length;
-    const text = `${done} finished`;
-    if (done) write(context, text, 2, present.length * this.rowHeight + 11, { colour: theme.quiet, font: `12px ${LETTERS}` });
+    const rest = [`${frame.requests.size - present.length} finished`];
+    if (shown.length < present.length) rest.unshift(`${present.length - shown.length} more`);
+    write(context, rest.join(", "), 5, (shown.length + 1.5) * ROW, style);
   }
 
   drawHead(context, theme, { id, name, status, computed, tokens, new: fresh, hit }, y) {
@@ -540,54 +539,57 @@ class Requests extends Part {
   /** A request as its logical blocks, with the tokens in them, each above the physical block that holds it. */
   drawDetailed(context, theme, request) {
     const { y } = this.slots.get(request.id);
-    const { blockSize, texts } = this.recording;
+    const { blockSize } = this.recording;
     this.drawHead(context, theme, request, y);
-    const tokens = texts.get(request.id).slice(0, request.tokens);
-    for (let i = 0; i * blockSize < tokens.length; i++) {
+    const places = this.places.get(request.id);
+    for (let i = 0; i * blockSize < request.tokens; i++) {
       const x = 6 + (i % this.perRow) * (this.boxWidth + 6);
       const top = y + 24 + Math.floor(i / this.perRow) * (this.boxHeight + 18);
-      this.drawTokens(context, theme, request, tokens.slice(i * blockSize, (i + 1) * blockSize), i * blockSize, x, top);
+      const end = Math.min((i + 1) * blockSize, request.tokens);
+      for (let k = i * blockSize; k < end; k++) this.drawToken(context, theme, request, k, places[k], x, top);
       const block = request.table[i];
       context.strokeStyle = block === undefined ? theme.line : theme.quiet;
       context.lineWidth = 1;
       context.setLineDash(block === undefined ? [3, 3] : []);
-      context.strokeRect(x + 0.5, top + 0.5, this.boxWidth - 9, this.boxHeight - 1);
+      context.strokeRect(x + 0.5, top + 0.5, this.boxWidth - 1, this.boxHeight - 1);
       context.setLineDash([]);
       const label = block === undefined ? `${i}` : `${i} → block ${block}`;
       write(context, label, x + 2, top + this.boxHeight + 8, { colour: theme.quiet, font: `11px ${LETTERS}` });
     }
   }
 
-  drawTokens(context, theme, request, texts, first, x, top) {
-    const [left, right] = [x + 4, x + this.boxWidth - 12];
-    const { background } = this.recording.colour(request.name);
-    context.font = `10.5px ${CODE}`;
-    const advance = context.measureText("m").width;
-    let [tx, line] = [left, 0];
-    for (const [i, text] of texts.entries()) {
-      const shown = printable(text);
-      let width = shown.length * advance;
-      if (tx > left && tx + width > right) [tx, line] = [left, line + 1];
-      if (line >= this.lines) return;
-      width = Math.min(width, right - tx);
-      const position = first + i;
-      const isComputed = position < request.computed;
-      const isNew = isComputed && position >= request.computed - request.new;
-      const y = top + 3 + line * LINE;
-      if (isComputed) {
-        context.globalAlpha *= isNew ? 0.55 : 0.22;
-        context.fillStyle = background;
-        context.fillRect(tx, y, width - 0.8, LINE - 1);
-        context.globalAlpha = 1;
-      }
-      if (isNew) {
-        context.fillStyle = theme.ink;
-        context.fillRect(tx, y + LINE - 2, width - 0.8, 1);
-      }
-      const style = { colour: isComputed ? theme.ink : theme.quiet, font: `10.5px ${CODE}` };
-      write(context, shown.slice(0, Math.floor(width / advance + 0.01)), tx, y + LINE / 2, style);
-      tx += width;
+  /** Where each token stands in its logical block: {text, x, line, width}. A line that is full goes on below. */
+  placeTokens(texts) {
+    const context = this.canvas.getContext("2d");
+    const room = this.boxWidth - 8;
+    context.font = TOKEN;
+    let [x, line] = [0, 0];
+    return texts.map((text, i) => {
+      const shown = shortened(context, printable(text), room);
+      const width = context.measureText(shown).width;
+      if (i % this.recording.blockSize === 0) [x, line] = [0, 0];
+      else if (x + width > room) [x, line] = [0, line + 1];
+      x += width;
+      return { text: shown, x: x - width, line, width };
+    });
+  }
+
+  /** A token: tinted if the cache holds its keys and values; strongly, and underlined, if this step computed them. */
+  drawToken(context, theme, request, position, { text, x, line, width }, left, top) {
+    const isComputed = position < request.computed;
+    const isNew = isComputed && position >= request.computed - request.new;
+    const [tx, y] = [left + 4 + x, top + 3 + line * LINE];
+    if (isComputed) {
+      context.globalAlpha = isNew ? 0.55 : 0.22;
+      context.fillStyle = this.recording.colour(request.name).background;
+      context.fillRect(tx, y, width - 0.8, LINE - 1);
+      context.globalAlpha = 1;
     }
+    if (isNew) {
+      context.fillStyle = theme.ink;
+      context.fillRect(tx, y + LINE - 2, width - 0.8, 1);
+    }
+    write(context, text, tx, y + LINE / 2, { colour: isComputed ? theme.ink : theme.quiet, font: TOKEN });
   }
 
   /** A request as one line: its letter, what it does, its block table. */
@@ -646,7 +648,7 @@ class Timeline extends Part {
   layout(width) {
     const { lanes, frames } = this.recording;
     this.width = width;
-    this.rowHeight = lanes.count <= 12 ? 24 : lanes.count <= 32 ? 17 : lanes.count <= 70 ? 11 : 6;
+    this.rowHeight = lanes.count <= 12 ? 24 : lanes.count <= 32 ? 17 : lanes.count <= 70 ? 11 : lanes.count <= 130 ? 6 : 3;
     const room = width - NAMES - 8;
     const count = Math.max(1, frames.length - 1);
     this.column = Math.max(NARROWEST, Math.min(44, room / count));
@@ -682,7 +684,7 @@ class Timeline extends Part {
     const scene = { context, theme, start, end, x, index };
     if (index >= start && index < end) {
       context.fillStyle = theme.empty;
-      context.fillRect(x(index), 0, this.column, this.height);
+      context.fillRect(x(index), AXIS, this.column, this.height - AXIS);
     }
     this.drawAxis(scene);
     this.drawNames(scene);
@@ -691,7 +693,7 @@ class Timeline extends Part {
     if (index >= start && index < end) {
       context.strokeStyle = theme.ink;
       context.lineWidth = 1.5;
-      context.strokeRect(x(index), 1, Math.max(3, this.column), this.height - 3);
+      context.strokeRect(x(index), AXIS, Math.max(3, this.column), this.height - AXIS - 2);
     }
   }
 
@@ -700,10 +702,10 @@ class Timeline extends Part {
     write(context, "step", NAMES - 6, 10, { colour: theme.quiet, font: `11px ${LETTERS}`, align: "right" });
     for (let step = start; step < end; step++) {
       if ((step - 1) % every && step !== index) continue;
-      if (step !== index && Math.abs(step - index) * this.column < 26) continue;
-      const font = `${step === index ? "bold " : ""}11px ${LETTERS}`;
-      const colour = step === index ? theme.ink : theme.quiet;
-      write(context, String(step - 1), x(step) + this.column / 2, 10, { colour, font, align: "center" });
+      if (step !== index && Math.abs(step - index) * this.column < 30) continue;
+      const middle = x(step) + this.column / 2;
+      if (step === index) badge(context, String(step - 1), { background: theme.ink, ink: theme.page }, middle - 15, 2, 30, 16);
+      else write(context, String(step - 1), middle, 10, { colour: theme.quiet, font: `11px ${LETTERS}`, align: "center" });
     }
     context.strokeStyle = theme.line;
     context.lineWidth = 0.5;
@@ -770,6 +772,8 @@ class Timeline extends Part {
       const cx = (left + right) / 2;
       context.fillStyle = theme.ink;
       context.fill(new Path2D(`M${cx} ${middle + r} l${-r} ${-2 * r} h${2 * r} z`));
+    } else if (kind === "failed") {
+      write(context, "!", (left + right) / 2, middle, { colour: theme.ink, font: `bold ${Math.min(13, h)}px ${LETTERS}`, align: "center" });
     } else {
       context.strokeStyle = kind === "idle" ? colour.background : theme.quiet;
       context.lineWidth = 1.2;
@@ -835,7 +839,8 @@ const MAP_LEGEND =
   "Bold frame: changed in this step; dots: tokens it added.";
 const TIMELINE_LEGEND =
   "tall bar: a chunk of prefill, with its tokens; hatched: found in the prefix cache; thin bar: decode; dotted: waits; " +
-  "▼ preempted; | finished. Below: tokens of the step, of the budget that it may have.";
+  "▼ preempted; ! failed; | finished, ✕ aborted. Below: tokens of the step, of the budget that it may have.";
+const HINT = "Point at a block or at a request, or choose a request with the up and down keys, to see where its blocks are.";
 const KEYS = "Left and right arrow: previous and next step. Page up and down: 10 steps. Home, End: first, last. " +
   "Space: play or pause. Plus and minus: speed. Up and down arrow: choose a request.";
 
@@ -1019,9 +1024,9 @@ class Player {
     if (this.root.clientWidth) for (const part of this.parts) part.draw(this.index, theme);
     this.slider.value = String(this.index);
     this.slider.setAttribute("aria-valuetext", frame.title);
-    this.count.textContent = `${frame.title} of ${this.last}`;
+    this.count.textContent = `${frame.title} / ${Math.max(0, this.last - 1)}`;
     this.sentence.textContent = frame.sentence;
-    this.detail.textContent = this.describe(frame);
+    this.detail.textContent = this.describe(frame) || HINT;
     this.buttons.previous.disabled = this.index === 0;
     this.buttons.next.disabled = this.index === this.last;
     this.root.dataset.index = String(this.index);
