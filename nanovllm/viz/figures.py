@@ -319,5 +319,5 @@ def timeline_alt(frames: Frames, index: int) -> str:
     most = max((step.num_tokens for step in trace.steps), default=0)
     return (
         f"{len(trace.requests)} requests over {len(trace.steps)} steps, with {num_preempted} preemptions; a step has up "
-        f"to {most} of {trace.config['max_num_batched_tokens']} tokens. {frame.title}: {frame.sentence}"
+        f"to {most} of {trace.config['max_num_batched_tokens']} tokens. {frame.title.capitalize()}: {frame.sentence}"
     )

@@ -156,11 +156,11 @@ class Frames:
         if not (step.scheduled or step.preempted):
             title = f"after {last.title}" if last.title.startswith("step") else last.title
         before = {request.id: request for request in self._with_newcomers(last).requests}
-        returned = self._follow_blocks(step)
+        returned, num_free = self._follow_blocks(step)
         shares = {share.id: share for share in step.scheduled}
         hits = {event.request for event in step.block_events if event.kind == "share"}
         now = {i: self._follow(step, was, shares.get(i), i in hits) for i, was in before.items()}
-        sentence = Teller(step, before, now, returned).sentence()
+        sentence = Teller(step, before, now, returned, num_free).sentence()
         changed = frozenset(event.block for event in step.block_events if event.kind != "clear")
         return self._frame(index, title, sentence, tuple(now.values()), changed, 0 if step.error else step.num_tokens)
 
@@ -208,9 +208,13 @@ class Frames:
             request_id, self.name(request_id), status, num_prompt_tokens, num_tokens, num_computed, table
         )
 
-    def _follow_blocks(self, step: Step) -> dict[int, list[int]]:
-        """Bring the block tables to where they are after `step`; returns the blocks that each request set free."""
+    def _follow_blocks(self, step: Step) -> tuple[dict[int, list[int]], dict[int, int]]:
+        """Bring the block tables to where they are after `step`.
+
+        Returns, for each request that gave its blocks back, those that nobody else holds, and how many were free then.
+        """
         returned: dict[int, list[int]] = {}
+        num_free: dict[int, int] = {}
         for event in step.block_events:
             block, request = event.block, event.request
             if request is None:
@@ -219,11 +223,12 @@ class Frames:
                 self._num_owners[block] += 1
                 self._block_tables[request] = (*self._block_tables.get(request, ()), block)
             elif event.kind == "free":
+                if self._block_tables.pop(request, None):  # all of them go at once
+                    returned[request], num_free[request] = [], self._num_owners.count(0)
                 self._num_owners[block] -= 1
-                self._block_tables.pop(request, None)  # all of them go at once
                 if self._num_owners[block] == 0:
-                    returned.setdefault(request, []).append(block)
-        return returned
+                    returned[request].append(block)
+        return returned, num_free
 
     def _follow(self, step: Step, was: RequestFrame, share: Scheduled | None, hit: bool) -> RequestFrame:
         """A request after `step`: `share` is what was computed of it, `hit` says that it was found in the cache."""
@@ -260,8 +265,10 @@ class Teller:
         before: dict[int, RequestFrame],
         now: dict[int, RequestFrame],
         returned: dict[int, list[int]],
+        num_free: dict[int, int],
     ) -> None:
-        self.step, self.before, self.now, self.returned = step, before, now, returned
+        self.step, self.before, self.now = step, before, now
+        self.returned, self.num_free = returned, num_free
 
     def sentence(self) -> str:
         step = self.step
@@ -280,13 +287,14 @@ class Teller:
         said = []
         for victim in self.step.preempted:
             needy, name = self.needy(victim), self.now[victim].name
+            needs = "needs more blocks than are free" if self.num_free.get(victim) else "needs a block, none is free"
             if needy == victim:
-                said.append(f"{name} needs more blocks than are free and came last: it is preempted")
+                words = f"{name} {needs}; it came last, so it is preempted"
             elif said:
-                said.append(f"That is not enough: {name} is preempted")
+                words = f"That is not enough: {name} is preempted"
             else:
-                said.append(f"{self.now[needy].name} needs more blocks than are free: {name} is preempted")
-            said[-1] += self.blocks_of(victim)
+                words = f"{self.now[needy].name} {needs}: {name} is preempted"
+            said.append(words + self.blocks_of(victim))
         return said
 
     def needy(self, victim: int) -> int:
