@@ -6,11 +6,13 @@
 
 const LETTERS = "system-ui, sans-serif";
 const CODE = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace";
+const px = (size) => `${size}px ${LETTERS}`;
+const bold = (size) => `bold ${px(size)}`;
 const UNTOUCHED = Object.freeze({ owners: [], filled: 0, hash: null });
 const FINISHED = new Set(["finished", "aborted"]);
 const SPEEDS = [1, 2, 5, 10, 30]; // steps a second
 
-// -- The frames ----------------------------------------------------------------------------------------------------------
+// -- The frames -------------------------------------------------------------------------------------------------------
 
 class Recording {
   /** @param {Uint8Array} bytes what `pack` made. */
@@ -134,7 +136,7 @@ function findRuns(frames) {
   return runs;
 }
 
-// -- Drawing -------------------------------------------------------------------------------------------------------------
+// -- Drawing ----------------------------------------------------------------------------------------------------------
 
 /** A canvas of `width` by `height` CSS pixels, sharp on any screen, ready to be drawn on. */
 function prepare(canvas, width, height) {
@@ -187,7 +189,7 @@ function badge(context, name, { background, ink }, x, y, width, height) {
   context.beginPath();
   context.roundRect(x, y, width, height, 3);
   context.fill();
-  const font = `bold ${Math.min(12, height - 3)}px ${LETTERS}`;
+  const font = bold(Math.min(12, height - 3));
   write(context, name, x + width / 2, y + height / 2 + 0.5, { colour: ink, font, align: "center" });
 }
 
@@ -211,7 +213,7 @@ class Part {
   }
 }
 
-// -- The cache map -------------------------------------------------------------------------------------------------------
+// -- The cache map ----------------------------------------------------------------------------------------------------
 
 const LARGE = [84, 80]; // a block with its slots, its id below
 const SQUARES = [44, 36, 30, 26, 22, 20, 18, 16, 13, 11, 9, 7, 6, 5, 4, 3, 2];
@@ -221,7 +223,9 @@ const ID_WIDTH = 34; // left of small blocks: the id of the row's first
 class CacheMap extends Part {
   constructor(player) {
     super(player);
-    this.canvas.addEventListener("mousemove", (event) => player.pointAt({ block: this.blockAt(...this.position(event)) }));
+    this.canvas.addEventListener("mousemove", (event) => {
+      player.pointAt({ block: this.blockAt(...this.position(event)) });
+    });
     this.canvas.addEventListener("mouseleave", () => player.pointAt({}));
   }
 
@@ -229,11 +233,11 @@ class CacheMap extends Part {
     const { numBlocks } = this.recording;
     const fits = (w, h, room) => Math.ceil(numBlocks / Math.max(1, Math.floor(room / w))) * h <= MAP_HEIGHT;
     this.large = fits(...LARGE, width);
-    this.left = this.large ? 0 : ID_WIDTH;
+    this.left = this.large ? 3 : ID_WIDTH;
     if (this.large) {
-      const most = Math.max(1, Math.floor(width / LARGE[0]));
+      const most = Math.max(1, Math.floor((width - 3) / LARGE[0]));
       this.columns = Math.min(most < 4 ? most : most - (most % 4), numBlocks); // fours are easy to count
-      this.cell = [Math.min(140, Math.floor(width / this.columns)), LARGE[1]];
+      this.cell = [Math.min(140, Math.floor((width - 3) / this.columns)), LARGE[1]];
     } else {
       const size = SQUARES.find((s) => fits(s, s, width - this.left)) ?? SQUARES.at(-1);
       this.columns = Math.max(1, Math.floor((width - this.left) / size));
@@ -295,19 +299,20 @@ class CacheMap extends Part {
         context.fillStyle = owner.background;
         context.fillRect(x + (i * room) / shown.length, y, room / shown.length, head);
         const middle = x + ((i + 0.5) * room) / shown.length;
-        write(context, owner.name, middle, y + 9.5, { colour: owner.ink, font: `bold 13px ${LETTERS}`, align: "center" });
+        write(context, owner.name, middle, y + 9.5, { colour: owner.ink, font: bold(13), align: "center" });
       });
       if (owners.length > 1) {
         write(context, `×${owners.length}`, x + w - 13, y + 9.5, {
-          colour: theme.ink, font: `bold 13px ${LETTERS}`, align: "center",
+          colour: theme.ink, font: bold(13), align: "center",
         });
       }
     } else {
-      write(context, kept ? "kept" : "free", x + 6, y + 9.5, { colour: theme.quiet, font: `12px ${LETTERS}` });
-      write(context, `#${place}`, x + w - 5, y + 9.5, { colour: theme.quiet, font: `12px ${LETTERS}`, align: "right" });
+      write(context, kept ? "kept" : "free", x + 6, y + 9.5, { colour: theme.quiet, font: px(12) });
+      write(context, `#${place}`, x + w - 5, y + 9.5, { colour: theme.quiet, font: px(12), align: "right" });
     }
-    const same = before && before.owners[0] === block.owners[0] && before.filled <= block.filled;
-    this.drawSlots({ context, theme, x, y: y + head, w, h: h - head }, owners, block.filled, same ? before.filled : 0, changed);
+    const hasSame = before?.owners[0] === block.owners[0] || (block.hash !== null && before?.hash === block.hash);
+    const filledBefore = !changed ? block.filled : hasSame ? (before?.filled ?? 0) : 0;
+    this.drawSlots({ context, theme, x, y: y + head, w, h: h - head }, owners, block.filled, filledBefore);
     context.strokeStyle = changed ? theme.ink : theme.line;
     context.lineWidth = changed ? 2.5 : 1;
     context.setLineDash(owners.length || kept ? [] : [4, 3]);
@@ -317,17 +322,18 @@ class CacheMap extends Part {
       context.fillStyle = theme.ink;
       context.fill(new Path2D(`M${x + w} ${y + h} h-11 l11 -11 z`));
     }
-    const style = { colour: changed ? theme.ink : theme.quiet, font: `${changed ? "bold " : ""}11px ${LETTERS}`, align: "center" };
-    write(context, String(id), x + w / 2, y + h + 8, style);
+    const style = changed ? { colour: theme.ink, font: bold(11) } : { colour: theme.quiet, font: px(11) };
+    write(context, String(id), x + w / 2, y + h + 8, { ...style, align: "center" });
   }
 
   /** Slots that hold a token have its owners' colours; a dot marks those that this step filled. */
-  drawSlots({ context, theme, x, y, w, h }, owners, filled, filledBefore, changed) {
+  drawSlots({ context, theme, x, y, w, h }, owners, filled, filledBefore) {
     const size = this.recording.blockSize;
     const numRows = Math.ceil(size / 8);
     const numColumns = Math.ceil(size / numRows);
     const [sw, sh] = [(w - 4) / numColumns, (h - 4) / numRows];
     const gap = sw > 4 && sh > 4 ? 1 : 0;
+    const band = (sh - 2 * gap) / Math.max(1, owners.length);
     for (let i = 0; i < size; i++) {
       const [sx, sy] = [x + 2 + (i % numColumns) * sw, y + 2 + Math.floor(i / numColumns) * sh];
       if (i >= filled) {
@@ -338,9 +344,9 @@ class CacheMap extends Part {
       } else if (owners.length) {
         owners.forEach((owner, k) => {
           context.fillStyle = owner.background;
-          context.fillRect(sx + gap, sy + gap + (k * (sh - 2 * gap)) / owners.length, sw - 2 * gap, (sh - 2 * gap) / owners.length);
+          context.fillRect(sx + gap, sy + gap + k * band, sw - 2 * gap, band);
         });
-        if (changed && i >= filledBefore && gap) {
+        if (i >= filledBefore && gap) {
           context.fillStyle = owners[0].ink;
           context.beginPath();
           context.arc(sx + sw / 2, sy + sh / 2, Math.min(2.2, sw / 4), 0, 7);
@@ -365,22 +371,20 @@ class CacheMap extends Part {
     });
     if (!owners.length && block.hash !== null) {
       if (s < 8) {
-        context.globalAlpha *= 0.5;
         context.fillStyle = theme.quiet;
-        context.fillRect(x, y, s, s);
-        context.globalAlpha *= 2;
+        context.fillRect(x + s / 3, y + s / 3, s / 3, s / 3);
       } else {
         hatch(context, x, y, s, s, theme.quiet, 4);
       }
       if (s >= 28) {
         context.fillStyle = theme.empty;
         context.fillRect(x + 3, y + s / 2 - 6, s - 6, 12);
-        write(context, `#${place}`, x + s / 2, y + s / 2, { colour: theme.quiet, font: `9px ${LETTERS}`, align: "center" });
+        write(context, `#${place}`, x + s / 2, y + s / 2, { colour: theme.quiet, font: px(9), align: "center" });
       }
     }
     if (owners.length && s >= 14) {
       const text = owners.length > 1 ? `×${owners.length}` : owners[0].name;
-      const font = `bold ${s < 18 || text.length > 1 ? 9 : 11}px ${LETTERS}`;
+      const font = bold(text.length > 2 ? 8 : s < 18 || text.length > 1 ? 9 : 11);
       const colour = owners.length === 1 && full >= s * 0.6 ? owners[0].ink : theme.ink;
       if (owners.length > 1) {
         context.fillStyle = theme.page;
@@ -400,7 +404,7 @@ class CacheMap extends Part {
     const every = Math.ceil(12 / this.cell[1]);
     for (let row = 0; row * this.columns < this.recording.numBlocks; row += every) {
       const [, y] = this.corner(row * this.columns);
-      const style = { colour: theme.quiet, font: `10px ${LETTERS}`, align: "right" };
+      const style = { colour: theme.quiet, font: px(10), align: "right" };
       write(context, String(row * this.columns), ID_WIDTH - 5, y + this.cell[1] / 2, style);
     }
   }
@@ -425,7 +429,7 @@ class CacheMap extends Part {
       context.beginPath();
       context.arc(x, y, radius, 0, 7);
       context.fill();
-      write(context, String(i), x, y + 0.5, { colour: theme.page, font: `bold ${radius + 1}px ${LETTERS}`, align: "center" });
+      write(context, String(i), x, y + 0.5, { colour: theme.page, font: bold(radius + 1), align: "center" });
     });
   }
 
@@ -438,12 +442,13 @@ class CacheMap extends Part {
   }
 }
 
-// -- The requests --------------------------------------------------------------------------------------------------------
+// -- The requests -----------------------------------------------------------------------------------------------------
 
 const MAX_BOXES = 48; // so many logical blocks are shown with their text; of more, only the block tables
 const MAX_ROWS = 400; // and so many requests have a row; of more, the number
 const LINE = 13;
 const ROW = 20;
+const ID_BOX = 27;
 const TOKEN = `10.5px ${CODE}`;
 
 class Requests extends Part {
@@ -453,7 +458,9 @@ class Requests extends Part {
     this.element.className = "nanovllm-scroll";
     this.element.tabIndex = -1;
     this.element.append(this.canvas);
-    this.canvas.addEventListener("mousemove", (event) => player.pointAt({ request: this.requestAt(this.position(event)[1]) }));
+    this.canvas.addEventListener("mousemove", (event) => {
+      player.pointAt({ request: this.requestAt(this.position(event)[1]) });
+    });
     this.canvas.addEventListener("mouseleave", () => player.pointAt({}));
     this.canvas.addEventListener("click", (event) => player.choose(this.requestAt(this.position(event)[1])));
   }
@@ -502,7 +509,7 @@ class Requests extends Part {
     }
     this.slots.clear();
     const present = this.present(frame);
-    const style = { colour: theme.quiet, font: `11px ${LETTERS}` };
+    const style = { colour: theme.quiet, font: px(11) };
     write(context, "cached / tokens", 148, ROW / 2, { ...style, align: "right" });
     write(context, "block table", 156, ROW / 2, style);
     const shown = present.slice(0, MAX_ROWS);
@@ -526,14 +533,13 @@ class Requests extends Part {
     const quiet = FINISHED.has(status) || status === "waiting";
     write(context, status, 37, y + 10.5, {
       colour: quiet ? theme.quiet : theme.ink,
-      font: `${status === "preempted" ? "bold " : ""}12px ${LETTERS}`,
+      font: status === "preempted" ? bold(12) : px(12),
     });
     if (!this.detailed) return;
-    const counts = [`${computed} of ${tokens} tokens in the cache`];
-    if (hit) counts.push(`${hit} of them found there`);
-    if (fresh) counts.push(`${fresh} computed in this step`);
-    const text = FINISHED.has(status) ? `${tokens} tokens` : counts.join(", ");
-    write(context, text, 104, y + 10.5, { colour: theme.quiet, font: `12px ${LETTERS}`, width: this.width - 106 });
+    const now = [hit && `${hit} found`, fresh && `${fresh} computed now`].filter(Boolean).join(", ");
+    const cached = `${computed} of ${tokens} tokens cached${now && ` (${now})`}`;
+    const text = FINISHED.has(status) ? `${tokens} tokens` : cached;
+    write(context, text, 118, y + 10.5, { colour: theme.quiet, font: px(12), width: this.width - 120 });
   }
 
   /** A request as its logical blocks, with the tokens in them, each above the physical block that holds it. */
@@ -554,7 +560,7 @@ class Requests extends Part {
       context.strokeRect(x + 0.5, top + 0.5, this.boxWidth - 1, this.boxHeight - 1);
       context.setLineDash([]);
       const label = block === undefined ? `${i}` : `${i} → block ${block}`;
-      write(context, label, x + 2, top + this.boxHeight + 8, { colour: theme.quiet, font: `11px ${LETTERS}` });
+      write(context, label, x + 2, top + this.boxHeight + 8, { colour: theme.quiet, font: px(11) });
     }
   }
 
@@ -576,7 +582,7 @@ class Requests extends Part {
 
   /** A token: tinted if the cache holds its keys and values; strongly, and underlined, if this step computed them. */
   drawToken(context, theme, request, position, { text, x, line, width }, left, top) {
-    const isComputed = position < request.computed;
+    const isComputed = position < request.computed && !FINISHED.has(request.status);
     const isNew = isComputed && position >= request.computed - request.new;
     const [tx, y] = [left + 4 + x, top + 3 + line * LINE];
     if (isComputed) {
@@ -595,26 +601,27 @@ class Requests extends Part {
   /** A request as one line: its letter, what it does, its block table. */
   drawRow(context, theme, request, y) {
     this.drawHead(context, theme, request, y);
-    const font = `11px ${LETTERS}`;
-    write(context, `${request.computed}/${request.tokens}`, 148, y + 10.5, { colour: theme.quiet, font, align: "right" });
-    const room = Math.floor((this.width - 158) / 27);
+    const style = { colour: theme.quiet, font: px(11) };
+    write(context, `${request.computed}/${request.tokens}`, 148, y + 10.5, { ...style, align: "right" });
     const { table } = request;
+    const room = Math.floor((this.width - 158) / ID_BOX);
     const shown = table.length > room ? table.slice(0, room - 1) : table;
-    context.fillStyle = theme.empty;
-    shown.forEach((_, i) => context.fillRect(156 + i * 27, y + 3, 25, 15));
-    shown.forEach((block, i) => write(context, String(block), 168.5 + i * 27, y + 10.5, { colour: theme.ink, font: `10px ${LETTERS}`, align: "center" }));
-    if (shown.length < table.length) {
-      write(context, `+${table.length - shown.length}`, 156 + shown.length * 27, y + 10.5, { colour: theme.quiet, font });
-    }
+    shown.forEach((block, i) => {
+      const x = 156 + i * ID_BOX;
+      context.fillStyle = theme.empty;
+      context.fillRect(x, y + 3, ID_BOX - 2, 15);
+      write(context, String(block), x + ID_BOX / 2 - 1, y + 10.5, { colour: theme.ink, font: px(10), align: "center" });
+    });
+    const rest = table.length - shown.length;
+    if (rest) write(context, `+${rest}`, 156 + shown.length * ID_BOX, y + 10.5, style);
   }
 
   /** Scroll to the request that the keys have chosen. */
   reveal(id) {
     const slot = this.slots.get(id);
     if (!slot) return;
-    const { scrollTop, clientHeight } = this.element;
-    if (slot.y < scrollTop) this.element.scrollTop = slot.y;
-    else if (slot.y + slot.height > scrollTop + clientHeight) this.element.scrollTop = slot.y + slot.height - clientHeight;
+    const lowest = slot.y + slot.height - this.element.clientHeight; // of the positions in which all of it is seen
+    this.element.scrollTop = Math.min(slot.y, Math.max(lowest, this.element.scrollTop));
   }
 }
 
@@ -622,7 +629,7 @@ function printable(text) {
   return text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 }
 
-// -- The timeline --------------------------------------------------------------------------------------------------------
+// -- The timeline -----------------------------------------------------------------------------------------------------
 
 const NAMES = 46; // left of the steps
 const AXIS = 20;
@@ -648,7 +655,8 @@ class Timeline extends Part {
   layout(width) {
     const { lanes, frames } = this.recording;
     this.width = width;
-    this.rowHeight = lanes.count <= 12 ? 24 : lanes.count <= 32 ? 17 : lanes.count <= 70 ? 11 : lanes.count <= 130 ? 6 : 3;
+    const heights = [[12, 24], [32, 17], [70, 11], [130, 6], [Infinity, 3]]; // up to so many rows are so high
+    this.rowHeight = heights.find(([most]) => lanes.count <= most)[1];
     const room = width - NAMES - 8;
     const count = Math.max(1, frames.length - 1);
     this.column = Math.max(NARROWEST, Math.min(44, room / count));
@@ -698,14 +706,15 @@ class Timeline extends Part {
   }
 
   drawAxis({ context, theme, start, end, x, index }) {
+    const now = { background: theme.ink, ink: theme.page };
     const every = [1, 2, 5, 10, 20, 50, 100].find((n) => n * this.column >= 30) ?? 200;
-    write(context, "step", NAMES - 6, 10, { colour: theme.quiet, font: `11px ${LETTERS}`, align: "right" });
+    write(context, "step", NAMES - 6, 10, { colour: theme.quiet, font: px(11), align: "right" });
     for (let step = start; step < end; step++) {
       if ((step - 1) % every && step !== index) continue;
       if (step !== index && Math.abs(step - index) * this.column < 30) continue;
       const middle = x(step) + this.column / 2;
-      if (step === index) badge(context, String(step - 1), { background: theme.ink, ink: theme.page }, middle - 15, 2, 30, 16);
-      else write(context, String(step - 1), middle, 10, { colour: theme.quiet, font: `11px ${LETTERS}`, align: "center" });
+      if (step === index) badge(context, String(step - 1), now, middle - 15, 2, 30, 16);
+      else write(context, String(step - 1), middle, 10, { colour: theme.quiet, font: px(11), align: "center" });
     }
     context.strokeStyle = theme.line;
     context.lineWidth = 0.5;
@@ -753,9 +762,9 @@ class Timeline extends Part {
         context.fillRect(left + gap, top, right - left - 2 * gap, height * 0.3);
         hatch(context, left + gap, top, right - left - 2 * gap, height * 0.3, theme.ink, 4);
       }
-      context.font = `bold 10px ${LETTERS}`;
+      context.font = bold(10);
       if (h >= 14 && context.measureText(tokens).width < right - left - 3) {
-        const style = { colour: colour.ink, font: `bold 10px ${LETTERS}`, align: "center" };
+        const style = { colour: colour.ink, font: bold(10), align: "center" };
         write(context, String(tokens), (left + right) / 2, top + height * (hit ? 0.68 : 0.52), style);
       }
     } else if (kind === "decode") {
@@ -773,7 +782,8 @@ class Timeline extends Part {
       context.fillStyle = theme.ink;
       context.fill(new Path2D(`M${cx} ${middle + r} l${-r} ${-2 * r} h${2 * r} z`));
     } else if (kind === "failed") {
-      write(context, "!", (left + right) / 2, middle, { colour: theme.ink, font: `bold ${Math.min(13, h)}px ${LETTERS}`, align: "center" });
+      const style = { colour: theme.ink, font: bold(Math.min(13, h)), align: "center" };
+      write(context, "!", (left + right) / 2, middle, style);
     } else {
       context.strokeStyle = kind === "idle" ? colour.background : theme.quiet;
       context.lineWidth = 1.2;
@@ -788,7 +798,7 @@ class Timeline extends Part {
       context.fillStyle = theme.ink;
       context.fillRect(right - 2, y + h * 0.1, 2, h * 0.8);
       if (ending === "aborted" && h >= 14) {
-        write(context, "✕", right + 2, middle, { colour: theme.ink, font: `bold 11px ${LETTERS}` });
+        write(context, "✕", right + 2, middle, { colour: theme.ink, font: bold(11) });
       }
     }
   }
@@ -797,7 +807,7 @@ class Timeline extends Part {
     const { budget, frames } = this.recording;
     const bottom = this.bottom + BUDGET;
     const gap = this.column >= 8 ? 1 : 0;
-    const style = { colour: theme.quiet, font: `10px ${LETTERS}`, align: "right" };
+    const style = { colour: theme.quiet, font: px(10), align: "right" };
     write(context, String(budget), NAMES - 6, this.bottom + 6, style);
     write(context, "tokens", NAMES - 6, this.bottom + 22, style);
     write(context, "0", NAMES - 6, bottom - 4, style);
@@ -806,10 +816,10 @@ class Timeline extends Part {
       const full = (BUDGET * Math.min(tokens, budget)) / budget;
       context.fillStyle = theme.quiet;
       if (tokens) context.fillRect(x(step) + gap, bottom - Math.max(1, full), this.column - 2 * gap, Math.max(1, full));
-      context.font = `10px ${LETTERS}`;
+      context.font = px(10);
       if (tokens && this.column > context.measureText(tokens).width + 2) {
-        const colour = step === index ? theme.ink : theme.quiet;
-        write(context, String(tokens), x(step) + this.column / 2, bottom + 9, { colour, font: `10px ${LETTERS}`, align: "center" });
+        const number = { ...style, colour: step === index ? theme.ink : theme.quiet, align: "center" };
+        write(context, String(tokens), x(step) + this.column / 2, bottom + 9, number);
       }
     }
     context.strokeStyle = theme.line;
@@ -827,7 +837,7 @@ class Timeline extends Part {
   }
 }
 
-// -- The player: a slider, keys, and the parts -----------------------------------------------------------------------------
+// -- The player: a slider, keys, and the parts ------------------------------------------------------------------------
 
 const VIEWS = {
   CacheMap: { label: "Cache map", parts: [CacheMap, Requests] },
@@ -838,9 +848,9 @@ const MAP_LEGEND =
   "kept: nobody holds the block, but the prefix cache still finds it. #1 is the free block that is taken next. " +
   "Bold frame: changed in this step; dots: tokens it added.";
 const TIMELINE_LEGEND =
-  "tall bar: a chunk of prefill, with its tokens; hatched: found in the prefix cache; thin bar: decode; dotted: waits; " +
-  "▼ preempted; ! failed; | finished, ✕ aborted. Below: tokens of the step, of the budget that it may have.";
-const HINT = "Point at a block or at a request, or choose a request with the up and down keys, to see where its blocks are.";
+  "tall bar: a chunk of prefill, with its tokens; hatched: found in the prefix cache; thin bar: decode; " +
+  "dotted: waits; ▼ preempted; ! failed; | finished, ✕ aborted. Below: tokens of the step, of the budget that it may have.";
+const HINT = "Point at a block or a request, or choose a request with the up and down keys, to see whose blocks are where.";
 const KEYS = "Left and right arrow: previous and next step. Page up and down: 10 steps. Home, End: first, last. " +
   "Space: play or pause. Plus and minus: speed. Up and down arrow: choose a request.";
 
@@ -874,9 +884,9 @@ class Player {
     this.root.nanovllm = this; // for tests, and for the curious
     this.root.innerHTML = `
       <div class="nanovllm-controls">
-        <button class="nanovllm-previous" tabindex="-1" title="Previous step (←)" aria-label="Previous step">◀</button>
-        <button class="nanovllm-play" tabindex="-1" title="Play or pause (space)">▶ Play</button>
-        <button class="nanovllm-next" tabindex="-1" title="Next step (→)" aria-label="Next step">▶</button>
+        <button class="nanovllm-previous" title="Previous step (←)" aria-label="Previous step" tabindex="-1">◀</button>
+        <button class="nanovllm-play" title="Play or pause (space)" tabindex="-1">▶ Play</button>
+        <button class="nanovllm-next" title="Next step (→)" aria-label="Next step" tabindex="-1">▶</button>
         <input type="range" min="0" step="1" aria-label="${label}: step" aria-description="${KEYS}">
         <span class="nanovllm-count"></span>
         <select tabindex="-1" title="Speed (+ and −)" aria-label="Speed">
@@ -1041,10 +1051,12 @@ class Player {
     if (!request) return step === undefined ? "" : this.recording.frames[step].sentence;
     const way = request.table.map((id, i) => `${i} → ${id}`).join(", ");
     const where = step === undefined ? "" : `${this.recording.frames[step].title}, `;
+    const found = request.hit ? `, finds ${request.hit} tokens in the cache` : "";
     const did = request.new ? `, computes ${request.new}` : "";
-    const found = request.hit ? `, ${request.hit} found in the cache` : "";
-    const text = `${where}${request.name}: ${request.status}${did}${found}; ${request.computed} of ${request.tokens} tokens in the cache`;
-    return `${text}; logical → physical blocks: ${way || "none"}`;
+    const text = `${where}${request.name}: ${request.status}${found}${did}`;
+    if (FINISHED.has(request.status)) return `${text}; ${request.tokens} tokens`;
+    const cached = `${request.computed} of ${request.tokens} tokens cached`;
+    return `${text}; ${cached}; logical → physical blocks: ${way || "none"}`;
   }
 
   describeBlock(frame, id) {
