@@ -6,7 +6,8 @@ import pytest
 
 from nanovllm import SamplingParams
 from nanovllm.lessons.tiny import tiny_llm
-from nanovllm.viz.snapshot import MAX_DRAWN_BLOCKS, Snapshot
+from nanovllm.viz.figures import cache_map_alt
+from nanovllm.viz.frames import RequestFrame
 from nanovllm.viz.stepper import Stepper
 from nanovllm.viz.theme import COLOURS, colour, ink_on, letter
 
@@ -20,81 +21,155 @@ def stepper():
 
 
 def shown(stepper: Stepper) -> str:
-    """What a reader sees in the live widget."""
-    return stepper._message.value + stepper._requests.value + stepper._blocks.value
+    """What a reader sees of the stepper's own, around the player."""
+    return stepper._message.value + stepper._answers.value
+
+
+def requests(stepper: Stepper) -> tuple[RequestFrame, ...]:
+    """The requests in the frame that the player shows."""
+    return stepper.frames[stepper.player.index].requests
 
 
 def test_steps_are_the_engines(stepper):
     stepper.add_request([7] * 27, LONG)
     stepper.step(3)
-    assert stepper.llm.engine.num_steps == stepper.num_steps == 3
-    (state,) = stepper.snapshot().requests
-    assert (state.name, state.status, state.num_tokens, state.num_computed_tokens) == ("A", "running", 30, 29)
-    assert state.block_table == (0, 1)
-    assert str(stepper).startswith("Step 3. A 28 → 29 computed.\n1 running, 0 waiting, 2 of 8 blocks in use")
+    assert stepper.llm.engine.num_steps == len(stepper.trace.steps) == 3
+    (a,) = requests(stepper)
+    assert (a.name, a.status, a.num_tokens, a.num_computed_tokens, a.block_table) == ("A", "decode", 30, 29, (0, 1))
+    assert str(stepper).startswith("1 unfinished.\nstep 2: A generates one token.\n1 running, 0 waiting, ")
+
+
+def test_a_request_is_seen_before_its_first_step(stepper):
+    stepper.add_request([7] * 4)
+    assert stepper.message == "A waits." and [r.status for r in requests(stepper)] == ["waiting"]
+    stepper.step(1)
+    stepper.add_request([7] * 4)
+    assert stepper.message == "B waits." and [r.status for r in requests(stepper)] == ["prefill", "waiting"]
 
 
 def test_a_shared_block_has_two_owners(stepper):
     for last in (1, 2):
         stepper.add_request([7] * 16 + [last], LONG)
     stepper.step()
-    assert [block.owners for block in stepper.snapshot().blocks[:4]] == [("A", "B"), ("A",), ("B",), ()]
     assert "block   0  |################|  A and B" in str(stepper)
-    assert "block 0 belongs to A and B" in stepper.snapshot().alt
+    assert "A holds blocks 0 and 1. B holds blocks 0 and 2." in cache_map_alt(stepper.frames, 1)
 
 
-def test_a_cached_block_is_kept(stepper):
-    stepper.add_request([7] * 17, SamplingParams(temperature=0, max_tokens=1))
+def test_run_and_what_is_kept(stepper):
+    stepper.add_request([7] * 17, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     stepper.run()
-    assert stepper.snapshot().blocks[0].cached and not stepper.snapshot().blocks[0].owners
-    assert "block   0  |~~~~~~~~~~~~~~~~|  free, content kept" in str(stepper)
-    assert "A is finished." in stepper.message
+    assert stepper.message == "All requests are finished." and not stepper.llm.has_unfinished_requests()
+    assert "block   0  |~~~~~~~~~~~~~~~~|  kept, place 7 in the queue" in str(stepper)
+    assert "A answered '<" in str(stepper)
+    stepper.step()
+    assert stepper.message == "Nothing to do: add a request."
 
 
 def test_preemption_is_told(stepper):
     for last in (1, 2, 3):
         stepper.add_request([last] * 32, LONG)
-    for _ in range(200):
-        stepper.step()
-        if "preempted" in stepper.message:
-            break
-    assert "C is preempted: it gives its blocks back and waits." in stepper.message
     stepper.run()
-    assert not stepper.llm.has_unfinished_requests()
+    told = [stepper.frames[i].sentence for i in range(len(stepper.frames))]
+    assert any(
+        sentence.startswith("C needs a block, none is free; it came last, so it is preempted") for sentence in told
+    )
+    assert [r.status for r in requests(stepper)] == ["finished"] * 3
+
+
+def test_abort_by_letter_and_by_id(stepper):
+    for last in (1, 2):
+        stepper.add_request([last] * 8, LONG)
+    stepper.step()
+    stepper.abort("B")
+    assert stepper.message == "B is aborted." and [r.status for r in requests(stepper)] == ["prefill", "aborted"]
+    stepper.abort("B")
+    assert stepper.message == "The engine refused: no unfinished request is called 'B'"
+    stepper.abort(0)
+    assert stepper.message == "A is aborted." and not stepper.llm.has_unfinished_requests()
+
+
+def test_reset(stepper):
+    for last in (1, 2):
+        stepper.add_request([last] * 17, LONG)
+    stepper.step(2)
+    stepper.reset()
+    assert not stepper.llm.has_unfinished_requests() and stepper.message == "All is as new."
+    assert len(stepper.trace.steps) == 0 and not requests(stepper) and len(stepper.llm.engine.recorders) == 1
+    assert "8 blocks in use, 0 kept" in str(stepper) and stepper.player in stepper.widget.children
+    stepper.add_request([1] * 17)
+    stepper.step()
+    (a,) = requests(stepper)
+    assert a.name == "A" and a.num_hit_tokens == 0
 
 
 def test_buttons_do_what_the_methods_do(stepper):
-    stepper._prompt.value = ""
     stepper.add_request([7] * 20, LONG)
     stepper._step_button.click()
-    assert stepper.num_steps == 1 and "A joins: 0 → 20 computed." in shown(stepper)
+    assert len(stepper.trace.steps) == 1
+    stepper._ten_button.click()
+    assert len(stepper.trace.steps) == 11 and "1 unfinished." in shown(stepper)
+    stepper.add_request([7] * 20, LONG)
+    assert stepper._unfinished.options == ("A", "B")
+    stepper._unfinished.value = "B"
+    stepper._abort_button.click()
+    assert "B is aborted." in shown(stepper) and stepper._unfinished.options == ("A",)
     stepper._run_button.click()
-    assert "A is finished." in shown(stepper)
-    stepper._step_button.click()
-    assert "Nothing to do: add a request." in shown(stepper)
+    assert [r.status for r in requests(stepper)] == ["finished", "aborted"] and stepper._abort_button.disabled
+    stepper._reset_button.click()
+    assert len(stepper.trace.steps) == 0
+
+
+def test_the_length_of_an_answer(stepper):
+    stepper._length.value = 3
+    stepper.add_request([7] * 4)
+    stepper.run()
+    assert len(stepper.trace.requests[0].output_token_ids) <= 3
 
 
 def test_an_error_is_a_sentence_and_the_stepper_stays_usable(stepper):
-    stepper._prompt.value = "text"  # the tiny model has no tokenizer
+    stepper._prompt.value = "text"
     stepper._add_button.click()
-    assert "The engine refused: this model" in shown(stepper)
+    assert "The engine refused: this model&#x27;s folder has no tokenizer" in shown(stepper)
     stepper.add_request([7] * 4, LONG)
     stepper.step()
-    assert "A joins" in shown(stepper)
+    assert [r.status for r in requests(stepper)] == ["prefill"]
+
+
+def test_a_step_that_fails_is_told(stepper, monkeypatch):
+    stepper.add_request([7] * 4, LONG)
+    with monkeypatch.context() as patch:
+        patch.setattr(stepper.llm.engine.model_runner, "launch", lambda batch: 1 / 0)
+        stepper.step(5)
+    assert stepper.message == "The step failed: division by zero"
+    assert "step 0: The step fails (division by zero)" in str(stepper) and len(stepper.trace.steps) == 1
+    stepper.run()
+    assert [r.status for r in requests(stepper)] == ["finished"]
 
 
 def test_markup_in_texts_is_shown_as_text(stepper):
     stepper.add_request([7] * 4, LONG)
     stepper.step()
-    stepper.texts[0] = "<b>bold</b>"
+    stepper.message = "<b>bold</b>"
     stepper._refresh()
     assert "&lt;b&gt;bold&lt;/b&gt;" in shown(stepper) and "<b>bold" not in shown(stepper)
+    (token_id,) = stepper.trace.requests[0].output_token_ids
+    assert f"&lt;{token_id}&gt;" in shown(stepper), "a token without a text is its number in angle brackets"
 
 
 def test_requests_from_elsewhere_appear(stepper):
     stepper.llm.add_request([7] * 4, LONG)
     stepper.step()
-    assert [request.name for request in stepper.snapshot().requests] == ["A"]
+    assert [request.name for request in requests(stepper)] == ["A"]
+
+
+def test_it_begins_with_what_is_there():
+    llm = tiny_llm(num_kv_blocks=8, max_num_batched_tokens=32)
+    llm.add_request([7] * 20, LONG)
+    llm.step()
+    llm.add_request([8] * 20, LONG)
+    stepper = Stepper(llm)
+    assert [(r.name, r.status) for r in requests(stepper)] == [("A", "decode"), ("B", "waiting")]
+    assert stepper._unfinished.options == ("A", "B")
 
 
 def test_bundle_of_three(stepper):
@@ -102,24 +177,22 @@ def test_bundle_of_three(stepper):
     stepper.step()
     data, metadata = stepper._repr_mimebundle_()
     assert data.keys() == {WIDGET, "image/png", "text/plain"}
+    assert data[WIDGET]["model_id"] == stepper.widget.model_id
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert data["text/plain"] == repr(stepper) == str(stepper)
     assert "0x" not in repr(stepper)
-    assert metadata == {"image/png": {"alt": stepper.snapshot().alt, "widget": "Stepper"}}
+    assert metadata == {"image/png": {"alt": stepper.player.alt(), "widget": "Stepper"}}
 
 
 def test_controls_have_names(stepper):
-    for button in (stepper._step_button, stepper._run_button, stepper._add_button):
+    for button in (stepper._step_button, stepper._ten_button, stepper._run_button, stepper._add_button):
         assert button.description and button.tooltip
-    assert stepper._prompt.description == "Prompt"
-    assert 'aria-live="polite"' in shown(stepper) and 'role="img" aria-label=' in shown(stepper)
-
-
-def test_a_large_pool_is_cut():
-    llm = tiny_llm(num_kv_blocks=200)
-    snapshot = Snapshot.of(llm)
-    assert f"and {200 - MAX_DRAWN_BLOCKS} blocks more" in str(snapshot)
-    assert f"and {200 - MAX_DRAWN_BLOCKS} blocks more" in shown(Stepper(llm))
+    assert [box.description for box in (stepper._prompt, stepper._length, stepper._unfinished)] == [
+        "Prompt",
+        "Length",
+        "Request",
+    ]
+    assert 'role="status" aria-live="polite"' in shown(stepper)
 
 
 def test_letters_and_colours():
