@@ -15,6 +15,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import nanovllm
+
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 PACKAGES = (
     "torch",
@@ -168,7 +170,7 @@ def run_bench(args: argparse.Namespace) -> None:
 def run_env(args: argparse.Namespace) -> None:
     import torch
 
-    print(f"nanovllm {version('nanovllm')}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"nanovllm {nanovllm.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:
         try:
             print(f"{package} {version(package)}")

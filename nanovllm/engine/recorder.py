@@ -4,10 +4,10 @@ import platform
 from collections.abc import Callable
 from dataclasses import fields
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import nanovllm
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Batch, Scheduler
@@ -103,7 +103,7 @@ def describe(config: Config) -> dict[str, Any]:
 def environment(**more: str) -> dict[str, str]:
     """Where and when a trace is recorded."""
     return {
-        "nanovllm": version("nanovllm"),
+        "nanovllm": nanovllm.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
