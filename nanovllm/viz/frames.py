@@ -272,7 +272,7 @@ class Teller:
 
     def sentence(self) -> str:
         step = self.step
-        said = []
+        said: list[str] = []
         if any(event.kind == "clear" for event in step.block_events):
             said.append("The prefix cache is emptied: all blocks are as new")
         said += self.preemptions()
