@@ -5,7 +5,15 @@ import sys
 
 import pytest
 
-TORCH_FREE = ["engine.block_manager", "engine.scheduler", "engine.sequence", "config", "sampling_params"]
+TORCH_FREE = [
+    "engine.block_manager",
+    "engine.scheduler",
+    "engine.sequence",
+    "engine.trace",
+    "engine.recorder",
+    "config",
+    "sampling_params",
+]
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)
