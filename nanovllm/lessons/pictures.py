@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.lessons.chapter_02 import draw_memory
 from nanovllm.lessons.example import PROMPTS
 from nanovllm.viz.theme import EMPTY, INK, QUIET, colour, hatch, ink_on, new_figure, png, styled
 
@@ -18,6 +19,7 @@ def draw_all(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "00_together.png").write_bytes(png(draw_timelines(*record_timelines())))
     (folder / "00_map.png").write_bytes(png(draw_map()))
+    (folder / "02_memory.png").write_bytes(png(draw_memory()))
 
 
 # -- Four requests, one at a time and together -------------------------------------------------------------------------

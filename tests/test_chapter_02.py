@@ -1,0 +1,156 @@
+"""What chapter 02 shares: the look into attention, the maps of slots, the exercise checks on wrong answers."""
+
+import random
+
+import pytest
+import torch
+
+from nanovllm import SamplingParams
+from nanovllm.config import Config
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.lessons.chapter_02 import (
+    SharedPool,
+    append,
+    blocks_as_slots,
+    draw_slots,
+    make_sequence,
+    slot_map,
+    watch_attention,
+)
+from nanovllm.lessons.series import NOTEBOOKS
+from nanovllm.lessons.tiny import tiny_llm
+from tests.test_notebooks import exercises, read, verdict
+
+CHAPTER = NOTEBOOKS / "02_paged_attention.ipynb"
+
+# -- A look into attention ---------------------------------------------------------------------------------------------
+
+
+def test_watch_attention_keeps_what_each_step_gave_and_got():
+    llm = tiny_llm(num_kv_blocks=8, block_size=4)
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    with watch_attention(llm, layer=1) as calls:
+        llm.generate([[5, 6, 7, 8, 9], [3]], params, use_tqdm=False)
+    assert [list(call.query.shape) for call in calls] == [[6, 4, 16], [2, 4, 16], [2, 4, 16]]
+    assert [call.context.slot_mapping.tolist() for call in calls] == [[8, 0, 1, 2, 3, 4], [5, 9], [6, 10]]
+    for call in calls:
+        cache = call.k_cache.flatten(0, 1)
+        assert torch.equal(cache[call.context.slot_mapping], call.key)
+        assert call.output.shape == call.query.shape and call.scale == 0.25
+    assert not torch.equal(calls[0].k_cache, calls[1].k_cache)  # copies: later steps do not change them
+    llm.generate([[5]], params, use_tqdm=False)
+    assert len(calls) == 3
+
+
+# -- Maps of slots -----------------------------------------------------------------------------------------------------
+
+
+def test_slot_map():
+    slots = {"A": range(0, 6), "B": [10, 11, 8, 9]}
+    assert slot_map(slots, stored={"A": 2, "B": 3}, final={"A": 4, "B": 4}, num_slots=13) == "AAaaxx..BbBB."
+
+
+def test_slots_of_blocks():
+    llm = tiny_llm(num_kv_blocks=8, block_size=2)
+    with llm.trace() as trace:
+        llm.generate([[5, 6, 7], [3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+    assert blocks_as_slots(trace, 0, {0: "A", 1: "B"}) == {"A": [0, 1, 2, 3], "B": [4, 5]}
+
+
+def test_a_row_is_drawn_for_each_map():
+    figure = draw_slots({"first": "AAaaxx..", "second": "BBbb...."})
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["first", "second"]
+    assert figure.axes[0].get_xlim() == (0, 8)
+
+
+# -- Exercises ---------------------------------------------------------------------------------------------------------
+
+
+def test_append_copies_only_what_is_shared():
+    pool = SharedPool(num_blocks=8, block_size=4)
+    tables = pool.three([1, 2, 3, 4, 5])
+    append(pool, tables["B"], 5, 60)
+    assert tables == {"A": [0, 1], "B": [0, 2], "C": [0, 1]} and pool.ref_count[:3] == [3, 2, 1]
+    append(pool, tables["A"], 5, 61)
+    append(pool, tables["C"], 5, 62)  # the last holder needs no copy
+    assert tables == {"A": [0, 3], "B": [0, 2], "C": [0, 1]} and pool.ref_count[:4] == [3, 1, 1, 1]
+    assert [pool.read(tables[name], 6)[-2:] for name in "ABC"] == [[5, 61], [5, 60], [5, 62]]
+
+
+COPYING = """def append(pool, block_table, position, token):
+    index, offset = position // pool.block_size, position % pool.block_size
+    if index == len(block_table):
+        block_table.append(pool.take())
+    elif {condition}:
+        shared, mine = block_table[index], pool.take()
+        {copy}
+        {count}
+        block_table[index] = mine
+    pool.contents[block_table[index]][offset] = token"""
+IS_SHARED = "pool.ref_count[block_table[index]] > 1"
+COPY = "pool.contents[mine] = list(pool.contents[shared])"
+COUNT = "pool.ref_count[shared] -= 1"
+
+WRONG = [
+    (1, "def slots_of_step(table, computed, new, size):\n"
+        "    return list(range(computed, computed + new))", "The block table says where they lie"),
+    (1, "def slots_of_step(table, computed, new, size):\n"
+        "    return [table[p // size] * size + p % size for p in range(new)]", "token stands at position 33"),
+    (1, "def slots_of_step(table, computed, new, size):\n"
+        "    return [table[p // size] * size + p % size for p in range(computed + new)]", "for each *new*"),
+    (1, "def slots_of_step(table, computed, new, size):\n"
+        "    return [table[p // size] + p % size for p in range(computed, computed + new)]", "the engine writes to"),
+    (2, "def waste(stored, size):\n"
+        "    return 1 - sum(stored) / sum((n // size + 1) * size for n in stored)", "needs no other"),
+    (2, "def waste(stored, size):\n"
+        "    return sum(-n % size for n in stored)", "divide by all slots that are held"),
+    (2, "def waste(stored, size):\n"
+        "    return sum(-n % size for n in stored) / sum(stored)", "the share is 0.227"),
+    (3, COPYING.format(condition="False", copy=COPY, count=COUNT), "must not write to a block that"),
+    (3, COPYING.format(condition=IS_SHARED, copy="pass", count=COUNT), "Is the content copied"),
+    (3, COPYING.format(condition=IS_SHARED, copy=COPY, count="pass"), "does not hold the old block any longer"),
+    (3, COPYING.format(condition="True", copy=COPY, count=COUNT), "Copy only what somebody else reads"),
+    (4, "class Reserving(Scheduler):\n"
+        "    pass", "is preempted"),
+    (4, "class Reserving(Scheduler):\n"
+        "    def _admit(self, seq):\n"
+        "        return not self.running and super()._admit(seq)", "waits, although"),
+    (4, "class Reserving(Scheduler):\n"
+        "    def _admit(self, seq):\n"
+        "        blocks = self.block_manager\n"
+        "        needed = sum(blocks.num_blocks_for(s.max_num_tokens) for s in [*self.running, seq])\n"
+        "        return needed <= blocks.num_blocks and super()._admit(seq)", "never stored"),
+    (4, "class Reserving(Scheduler):\n"
+        "    def _admit(self, seq):\n"
+        "        return False", "wait for ever"),
+    (4, "Reserving = 3", "Give the class"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "answer", "words"), WRONG)
+def test_a_wrong_answer_is_told_what_is_wrong(number, answer, words):
+    result = verdict(CHAPTER, number, answer)
+    assert result.attempted and not result.right
+    assert repr(result).startswith(f"Exercise {number}: not yet. ") and words in repr(result)
+
+
+def test_what_reserving_costs_on_the_benchmark():
+    """The figures in the text of exercise 4."""
+    draw = random.Random(0)  # the benchmark's lengths; the token ids are drawn and dropped
+    prompt_lens = [len([draw.randint(0, 10000) for _ in range(draw.randint(100, 1024))]) for _ in range(256)]
+    lengths = [(prompt_len, draw.randint(100, 1024)) for prompt_len in prompt_lens]
+    namespace = {"Scheduler": Scheduler}
+    exec(exercises(CHAPTER)[4][1], namespace)
+    num_steps = {Scheduler: 0, namespace["Reserving"]: 0}
+    for policy in num_steps:
+        scheduler = policy(Config(max_num_batched_tokens=65_536), BlockManager(4096, 16, enable_prefix_caching=False))
+        for i, (prompt_len, answer_len) in enumerate(lengths):
+            scheduler.add(make_sequence(i, prompt_len, answer_len))
+        while scheduler.has_work():
+            batch = scheduler.schedule()
+            scheduler.update(batch, [7] * sum(s.samples for s in batch.scheduled))
+            num_steps[policy] += 1
+    assert list(num_steps.values()) == [2513, 3231]
+    text = next(cell.source for cell in read(CHAPTER).cells if cell.id == "exercise-4-text")
+    assert "3,231 steps in place of 2,513" in " ".join(text.split())
