@@ -3,7 +3,7 @@
     pack(frames)            # bytes: a whole run, for a new view
     changes(frames, 3)      # dict: what frame 3 changes in frame 2, for a view that has frame 2
 
-`widget.js` builds the frames anew from these. 500 steps of 64 requests on 512 blocks are a third of a megabyte.
+`widget.js` builds the frames anew from these. 500 steps of 64 requests on 512 blocks are half a megabyte.
 """
 
 import json

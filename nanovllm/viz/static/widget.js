@@ -763,9 +763,11 @@ class Timeline extends Part {
         hatch(context, left + gap, top, right - left - 2 * gap, height * 0.3, theme.ink, 4);
       }
       context.font = bold(10);
-      if (h >= 14 && context.measureText(tokens).width < right - left - 3) {
+      const room = right - left - 3;
+      const text = [hit ? `H${tokens}` : "", String(tokens)].find((t) => t && context.measureText(t).width < room);
+      if (h >= 14 && text) {
         const style = { colour: colour.ink, font: bold(10), align: "center" };
-        write(context, String(tokens), (left + right) / 2, top + height * (hit ? 0.68 : 0.52), style);
+        write(context, text, (left + right) / 2, top + height * (hit ? 0.68 : 0.52), style);
       }
     } else if (kind === "decode") {
       context.fillStyle = colour.background;
@@ -777,10 +779,11 @@ class Timeline extends Part {
         }
       }
     } else if (kind === "preempted") {
-      const r = Math.min(h * 0.32, 6);
+      const r = Math.min(h * 0.25, this.column * 0.45, 5);
       const cx = (left + right) / 2;
-      context.fillStyle = theme.ink;
-      context.fill(new Path2D(`M${cx} ${middle + r} l${-r} ${-2 * r} h${2 * r} z`));
+      context.strokeStyle = theme.ink;
+      context.lineWidth = h < 14 ? 1.5 : 2;
+      context.stroke(new Path2D(`M${cx - r} ${middle - r} l${2 * r} ${2 * r} m0 ${-2 * r} l${-2 * r} ${2 * r}`));
     } else if (kind === "failed") {
       const style = { colour: theme.ink, font: bold(Math.min(13, h)), align: "center" };
       write(context, "!", (left + right) / 2, middle, style);
@@ -797,9 +800,8 @@ class Timeline extends Part {
     if (ending && last < end) {
       context.fillStyle = theme.ink;
       context.fillRect(right - 2, y + h * 0.1, 2, h * 0.8);
-      if (ending === "aborted" && h >= 14) {
-        write(context, "✕", right + 2, middle, { colour: theme.ink, font: bold(11) });
-      }
+      const style = { colour: theme.ink, font: bold(10), align: "right" };
+      if (ending === "aborted" && h >= 14) write(context, "A", right - 4, middle, style);
     }
   }
 
@@ -848,8 +850,8 @@ const MAP_LEGEND =
   "kept: nobody holds the block, but the prefix cache still finds it. #1 is the free block that is taken next. " +
   "Bold frame: changed in this step; dots: tokens it added.";
 const TIMELINE_LEGEND =
-  "tall bar: a chunk of prefill, with its tokens; hatched: found in the prefix cache; thin bar: decode; " +
-  "dotted: waits; ▼ preempted; ! failed; | finished, ✕ aborted. Below: tokens of the step, of the budget that it may have.";
+  "tall bar: prefill of so many tokens; H, hatched: after a hit in the prefix cache; thin bar: decode; dotted: waits; " +
+  "X: preempted; !: the step fails; | finished; A| aborted. Below: the step's tokens, of its budget.";
 const HINT = "Point at a block or a request, or choose a request with the up and down keys, to see whose blocks are where.";
 const KEYS = "Left and right arrow: previous and next step. Page up and down: 10 steps. Home, End: first, last. " +
   "Space: play or pause. Plus and minus: speed. Up and down arrow: choose a request.";
