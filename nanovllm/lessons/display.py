@@ -37,7 +37,7 @@ def show(picture: Any, look_for: str, alt: str = "") -> None:
     """Show a figure or one of our pictures with a caption.
 
     Args:
-        picture: a matplotlib figure, or a picture that has its own text, such as a `Snapshot`.
+        picture: a matplotlib figure, or a picture that has its own text, such as a `CacheMap`.
         look_for: what is worth seeing, to follow the words "Look for".
         alt: for a figure, what is seen in it, numbers included. A test run compares it.
     """

@@ -7,6 +7,7 @@ Each has its words for those who do not see it: `cache_map_alt` and `timeline_al
 """
 
 import textwrap
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -30,7 +31,7 @@ KEPT = "#d0d0d0"
 
 BOX = 0.56  # the height of a block; its width is 1
 PITCH_X, PITCH_Y = 1.12, 0.92  # from a block to the next
-LOGICAL_X, LOGICAL_Y = 0.88, 0.46  # the size of a logical block
+LOGICAL_LEFT, LOGICAL_HEIGHT = 1.18, 0.46  # where a request's logical blocks begin, and their height
 CELL = 0.9  # of a cell of the overview; from one to the next is 1
 KEY = (
     "Bold outline: changed in this step. Grey: kept for the prefix cache, at this place in the queue of free blocks.\n"
@@ -76,6 +77,18 @@ def cache_map_figure(frames: Frames, index: int) -> Figure:
     return figure
 
 
+def film(frames: Frames, indices: Sequence[int]) -> Figure:
+    """The blocks of a small pool at several frames, one below the other."""
+    num_rows = -(-frames.trace.num_blocks // 8)
+    figure = new_figure(9, (0.93 * num_rows + 0.3) * len(indices))
+    with styled():
+        for ax, index in zip(figure.subplots(len(indices), 1, squeeze=False)[:, 0], indices):
+            frame = frames[index]
+            draw_pool(ax, frames, frame, frame.blocks)
+            ax.set_title(f"{frame.title}: {frame.summary}", fontsize=9)
+    return figure
+
+
 def draw_pool(ax: Axes, frames: Frames, frame: Frame, blocks: tuple[BlockState, ...]) -> None:
     """The pool, eight blocks a row; a block is a box of slots. What the step changed has a bold outline."""
     for i, block in enumerate(blocks):
@@ -114,7 +127,7 @@ def draw_filling(ax: Axes, name: str, left: float, bottom: float, width: float, 
 
 def draw_outline(ax: Axes, left: float, bottom: float, width: float, height: float, **style: Any) -> None:
     edge = INK if style["linewidth"] > 1 else QUIET
-    ax.add_patch(Rectangle((left, bottom), width, height, facecolor="none", edgecolor=edge, **style))
+    ax.add_patch(Rectangle((left, bottom), width, height, facecolor="none", edgecolor=edge, zorder=2.5, **style))
 
 
 def draw_badge(ax: Axes, name: str, x: float, y: float) -> None:
@@ -126,35 +139,38 @@ def draw_badge(ax: Axes, name: str, x: float, y: float) -> None:
 
 def draw_requests(ax: Axes, frames: Frames, shown: list[RequestFrame]) -> None:
     """A row for each request: its tokens in logical blocks, and below each the physical block where it lies."""
-    for row, r in enumerate(shown):
-        draw_badge(ax, r.name, 0.03, LOGICAL_Y / 2 - row)
+    counts = [0 if r.is_over else -(-r.num_tokens // frames.trace.block_size) for r in shown]
+    room = next((n for n in (4, 6) if max(counts, default=0) <= n), MAX_LOGICAL_BLOCKS)  # side by side
+    pitch = (8 * PITCH_X - LOGICAL_LEFT - 0.2) / room
+    for row, (r, count) in enumerate(zip(shown, counts)):
+        draw_badge(ax, r.name, 0.03, LOGICAL_HEIGHT / 2 - row)
         words = f"{r.status}\n{r.num_tokens} tokens"
-        ax.text(0.3, LOGICAL_Y / 2 - row, words, va="center", fontsize=8)
-        num_blocks = 0 if r.is_over else -(-r.num_tokens // frames.trace.block_size)
-        half, gap = MAX_LOGICAL_BLOCKS // 2, num_blocks > MAX_LOGICAL_BLOCKS
-        drawn = [*range(half), *range(num_blocks - half, num_blocks)] if gap else range(num_blocks)
+        ax.text(0.3, LOGICAL_HEIGHT / 2 - row, words, va="center", fontsize=8)
+        half = room // 2
+        drawn = [*range(half), *range(count - half, count)] if count > room else range(count)
         for place, i in enumerate(drawn):
-            left = 1.18 + place * (LOGICAL_X + 0.07) + (0.12 if gap and place >= half else 0)
-            draw_logical_block(ax, frames, r, i, left, -row)
-        if gap:
-            ax.text(1.18 + half * (LOGICAL_X + 0.07) + 0.02, LOGICAL_Y / 2 - row, "…", ha="center", va="center")
+            gap = 0.12 if count > room and place >= half else 0
+            draw_logical_block(ax, frames, r, i, LOGICAL_LEFT + place * pitch + gap, -row, pitch - 0.08)
+        if count > room:
+            ax.text(LOGICAL_LEFT + half * pitch + 0.02, LOGICAL_HEIGHT / 2 - row, "…", ha="center", va="center")
     ax.set_xlim(-0.03, 8 * PITCH_X - 0.08)
-    ax.set_ylim(-max(len(shown), 1) + 0.72, LOGICAL_Y + 0.1)
+    ax.set_ylim(-max(len(shown), 1) + 0.72, LOGICAL_HEIGHT + 0.1)
     ax.axis("off")
 
 
-def draw_logical_block(ax: Axes, frames: Frames, r: RequestFrame, i: int, left: float, bottom: float) -> None:
+def draw_logical_block(
+    ax: Axes, frames: Frames, r: RequestFrame, i: int, left: float, bottom: float, width: float
+) -> None:
     """Its text; a stripe as long as it is computed; its physical block. Dotted if it has none yet."""
     block_size = frames.trace.block_size
     is_held = i < len(r.block_table)
     if is_held:
         computed = min(r.num_computed_tokens - i * block_size, block_size) / block_size
-        draw_filling(ax, r.name, left, bottom, LOGICAL_X * computed, 0.08)
-        place = f"in {r.block_table[i]}"
-        ax.text(left + LOGICAL_X / 2, bottom - 0.03, place, ha="center", va="top", fontsize=7.5)
-    draw_outline(ax, left, bottom, LOGICAL_X, LOGICAL_Y, linewidth=0.8, linestyle="-" if is_held else ":")
+        draw_filling(ax, r.name, left, bottom, width * computed, 0.08)
+        ax.text(left + width / 2, bottom - 0.03, f"in {r.block_table[i]}", ha="center", va="top", fontsize=7.5)
+    draw_outline(ax, left, bottom, width, LOGICAL_HEIGHT, linewidth=0.8, linestyle="-" if is_held else ":")
     text = frames.text(r, i * block_size, (i + 1) * block_size)
-    words = "\n".join(textwrap.wrap(text, 17, max_lines=2, placeholder="…"))
+    words = "\n".join(textwrap.wrap(text.strip(), int(19 * width), max_lines=2, placeholder="…"))
     ax.text(left + 0.03, bottom + 0.27, words, va="center", fontsize=6.5, parse_math=False)
 
 
@@ -236,7 +252,7 @@ def timeline_figure(frames: Frames, index: int) -> Figure:
         num_left_out = len(frames[-1].requests) - len(shown)
         rows.set_ylabel("request" + (f" (and {num_left_out} more)" if num_left_out else ""))
         tokens.set_xlabel("step")
-        tokens.set_xlim(-0.6, max(len(frames) - 1, 1) - 0.3)
+        tokens.set_xlim(-0.6, max(len(frames) - 1, 12) - 0.3)
     return figure
 
 

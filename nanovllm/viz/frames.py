@@ -284,7 +284,7 @@ class Teller:
         return ". ".join(said) + "." if said else "Nothing changes."
 
     def preemptions(self) -> list[str]:
-        said = []
+        said: list[str] = []
         for victim in self.step.preempted:
             needy, name = self.needy(victim), self.now[victim].name
             needs = "needs more blocks than are free" if self.num_free.get(victim) else "needs a block, none is free"
