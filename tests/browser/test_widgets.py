@@ -269,6 +269,17 @@ def test_4096_blocks(show):
     sync_api.expect(page.locator(".nanovllm-detail")).to_contain_text("Block 4095: ")
 
 
+def test_what_stays_from_the_last_drawing_is_right(show):
+    """Of many blocks only those that changed are drawn anew: the picture is the same as one drawn from nothing."""
+    page = show(long_run(num_steps=120).trace, step=80)
+    for step in (81, 82, 83, 90, 70, 120, 0):
+        page.evaluate(f"{PLAYER}.goTo({step})")
+        assert index(page) == step
+        picture = pictures(page)[0]
+        page.evaluate(f"{PLAYER}.parts[0].drawn = null; {PLAYER}.draw()")
+        assert pictures(page)[0] == picture
+
+
 def test_a_long_run_is_scrubbed_at_30_frames_a_second(show):
     page = show(long_run().trace)
     result = page.evaluate(DRAG, 4)

@@ -167,20 +167,25 @@ function shortened(context, text, width) {
 }
 
 /** Thin slanted lines: the sign, besides a colour, of what is kept, or was found in the cache. */
-function hatch(context, x, y, width, height, colour, gap = 5) {
-  context.save();
-  context.beginPath();
-  context.rect(x, y, width, height);
-  context.clip();
-  context.beginPath();
-  for (let i = x - height; i < x + width; i += gap) {
-    context.moveTo(i, y + height);
-    context.lineTo(i + height, y);
-  }
-  context.strokeStyle = colour;
-  context.lineWidth = 1;
-  context.stroke();
-  context.restore();
+function hatch(context, x, y, width, height, colour) {
+  if (!patterns.has(colour)) patterns.set(colour, slanted(context, colour));
+  context.fillStyle = patterns.get(colour);
+  context.fillRect(x, y, width, height);
+}
+
+const patterns = new Map();
+
+function slanted(context, colour, gap = 4) {
+  const ratio = window.devicePixelRatio || 1;
+  const tile = document.createElement("canvas");
+  tile.width = tile.height = gap * ratio;
+  const pen = tile.getContext("2d");
+  pen.scale(ratio, ratio);
+  pen.strokeStyle = colour;
+  for (const x of [-gap, 0, gap]) pen.stroke(new Path2D(`M${x - 1} ${gap + 1} l${gap + 2} ${-gap - 2}`));
+  const pattern = context.createPattern(tile, "repeat");
+  pattern.setTransform(new DOMMatrix().scale(1 / ratio));
+  return pattern;
 }
 
 /** A request's letter on its colour. */
@@ -217,6 +222,7 @@ class Part {
 
 const LARGE = [84, 80]; // a block with its slots, its id below
 const SQUARES = [44, 36, 30, 26, 22, 20, 18, 16, 13, 11, 9, 7, 6, 5, 4, 3, 2];
+const WITH_PLACE = 30; // from this size on a kept block says its place in the queue
 const MAP_HEIGHT = 460;
 const ID_WIDTH = 34; // left of small blocks: the id of the row's first
 
@@ -259,13 +265,20 @@ class CacheMap extends Part {
   }
 
   draw(index, theme) {
-    const context = prepare(this.canvas, this.width, this.height);
     const frame = this.recording.frames[index];
     const before = this.recording.frames[index - 1]?.blocks;
     const path = frame.requests.get(this.player.lit)?.table ?? [];
     const onPath = new Set(path);
     const place = new Map(frame.free.map((id, i) => [id, i + 1]));
+    // Small blocks that look as in the last drawing stay as they are, unless something is lit or pointed at.
+    const { block: pointed } = this.player.pointed;
+    const isPlain = this.cell[0] < WITH_PLACE && !path.length && pointed === undefined;
+    const look = JSON.stringify([theme, this.width, this.height, this.cell, window.devicePixelRatio]);
+    const drawn = isPlain && this.drawn?.look === look ? this.drawn.frame : null;
+    this.drawn = isPlain ? { look, frame } : null;
+    const context = drawn ? this.canvas.getContext("2d") : prepare(this.canvas, this.width, this.height);
     frame.blocks.forEach((block, id) => {
+      if (drawn?.blocks[id] === block && !frame.changed.has(id) && !drawn.changed.has(id)) return;
       const [x, y] = this.corner(id);
       const scene = { context, theme, frame, x, y, place: place.get(id), changed: frame.changed.has(id) };
       context.globalAlpha = path.length && !onPath.has(id) ? 0.25 : 1;
@@ -273,9 +286,10 @@ class CacheMap extends Part {
       else this.drawSquare(scene, block);
     });
     context.globalAlpha = 1;
+    if (drawn) return;
     if (!this.large) this.drawIds(context, theme);
     this.drawPath(context, theme, path);
-    if (this.player.pointed.block !== undefined) this.outline(context, this.player.pointed.block, theme.accent, 2);
+    if (pointed !== undefined) this.outline(context, pointed, theme.accent, 2);
   }
 
   owners(frame, block) {
@@ -353,7 +367,7 @@ class CacheMap extends Part {
           context.fill();
         }
       } else {
-        hatch(context, sx + gap, sy + gap, sw - 2 * gap, sh - 2 * gap, theme.quiet, 4);
+        hatch(context, sx + gap, sy + gap, sw - 2 * gap, sh - 2 * gap, theme.quiet);
       }
     }
   }
@@ -374,9 +388,9 @@ class CacheMap extends Part {
         context.fillStyle = theme.quiet;
         context.fillRect(x + s / 3, y + s / 3, s / 3, s / 3);
       } else {
-        hatch(context, x, y, s, s, theme.quiet, 4);
+        hatch(context, x, y, s, s, theme.quiet);
       }
-      if (s >= 28) {
+      if (this.cell[0] >= WITH_PLACE) {
         context.fillStyle = theme.empty;
         context.fillRect(x + 3, y + s / 2 - 6, s - 6, 12);
         write(context, `#${place}`, x + s / 2, y + s / 2, { colour: theme.quiet, font: px(9), align: "center" });
@@ -458,6 +472,7 @@ class Requests extends Part {
     this.element.className = "nanovllm-scroll";
     this.element.tabIndex = -1;
     this.element.append(this.canvas);
+    this.element.addEventListener("scroll", () => player.redraw());
     this.canvas.addEventListener("mousemove", (event) => {
       player.pointAt({ request: this.requestAt(this.position(event)[1]) });
     });
@@ -513,9 +528,11 @@ class Requests extends Part {
     write(context, "cached / tokens", 148, ROW / 2, { ...style, align: "right" });
     write(context, "block table", 156, ROW / 2, style);
     const shown = present.slice(0, MAX_ROWS);
+    const [top, bottom] = [this.element.scrollTop - ROW, this.element.scrollTop + this.element.clientHeight];
     shown.forEach((request, i) => {
-      this.slots.set(request.id, { y: (i + 1) * ROW, height: ROW });
-      this.drawRow(context, theme, request, (i + 1) * ROW);
+      const y = (i + 1) * ROW;
+      this.slots.set(request.id, { y, height: ROW });
+      if (y > top && y < bottom) this.drawRow(context, theme, request, y); // the others are scrolled out of sight
     });
     const rest = [`${frame.requests.size - present.length} finished`];
     if (shown.length < present.length) rest.unshift(`${present.length - shown.length} more`);
@@ -760,7 +777,7 @@ class Timeline extends Part {
       if (hit) {
         context.fillStyle = theme.page;
         context.fillRect(left + gap, top, right - left - 2 * gap, height * 0.3);
-        hatch(context, left + gap, top, right - left - 2 * gap, height * 0.3, theme.ink, 4);
+        hatch(context, left + gap, top, right - left - 2 * gap, height * 0.3, theme.ink);
       }
       context.font = bold(10);
       const room = right - left - 3;
