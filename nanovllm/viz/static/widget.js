@@ -153,11 +153,12 @@ function prepare(canvas, width, height) {
   return context;
 }
 
-function write(context, text, x, y, { colour, font, align = "left", width }) {
+/** Write `text`; what is wider than `width` is cut off, what is wider than `squeeze` is set narrower. */
+function write(context, text, x, y, { colour, font, align = "left", width, squeeze }) {
   context.fillStyle = colour;
   context.font = font;
   context.textAlign = align;
-  context.fillText(width === undefined ? text : shortened(context, text, width), x, y);
+  context.fillText(width === undefined ? text : shortened(context, text, width), x, y, squeeze);
 }
 
 function shortened(context, text, width) {
@@ -404,7 +405,7 @@ class CacheMap extends Part {
         context.fillStyle = theme.page;
         context.fillRect(x + 1, y + s / 2 - 5, s - 2, 10);
       }
-      write(context, text, x + s / 2, y + s / 2 + 0.5, { colour, font, align: "center" });
+      write(context, text, x + s / 2, y + s / 2 + 0.5, { colour, font, align: "center", squeeze: s - 3 });
     }
     if (changed) {
       const line = s < 8 ? 1 : 2;
