@@ -238,16 +238,20 @@ class CacheMap extends Part {
 
   layout(width) {
     const { numBlocks } = this.recording;
-    const fits = (w, h, room) => Math.ceil(numBlocks / Math.max(1, Math.floor(room / w))) * h <= MAP_HEIGHT;
-    this.large = fits(...LARGE, width);
+    const columns = (size, room, step) => {
+      const most = Math.max(1, Math.floor(room / size));
+      return Math.min(most < step ? most : most - (most % step), numBlocks); // rows of 4, 8, 16 … are easy to count
+    };
+    const fits = (count, height) => Math.ceil(numBlocks / count) * height <= MAP_HEIGHT;
+    this.columns = columns(LARGE[0], width - 3, 4);
+    this.large = fits(this.columns, LARGE[1]);
     this.left = this.large ? 3 : ID_WIDTH;
+    const room = width - this.left;
     if (this.large) {
-      const most = Math.max(1, Math.floor((width - 3) / LARGE[0]));
-      this.columns = Math.min(most < 4 ? most : most - (most % 4), numBlocks); // fours are easy to count
-      this.cell = [Math.min(140, Math.floor((width - 3) / this.columns)), LARGE[1]];
+      this.cell = [Math.min(140, Math.floor(room / this.columns)), LARGE[1]];
     } else {
-      const size = SQUARES.find((s) => fits(s, s, width - this.left)) ?? SQUARES.at(-1);
-      this.columns = Math.max(1, Math.floor((width - this.left) / size));
+      const size = SQUARES.find((s) => fits(columns(s, room, 8), s)) ?? SQUARES.at(-1);
+      this.columns = columns(size, room, 8);
       this.cell = [size, size];
     }
     this.width = width;
@@ -400,11 +404,10 @@ class CacheMap extends Part {
     if (owners.length && s >= 14) {
       const text = owners.length > 1 ? `×${owners.length}` : owners[0].name;
       const font = bold(text.length > 2 ? 8 : s < 18 || text.length > 1 ? 9 : 11);
-      const colour = owners.length === 1 && full >= s * 0.6 ? owners[0].ink : theme.ink;
-      if (owners.length > 1) {
-        context.fillStyle = theme.page;
-        context.fillRect(x + 1, y + s / 2 - 5, s - 2, 10);
-      }
+      const isOnColour = owners.length === 1 && full >= s / 2 + 5;
+      const colour = isOnColour ? owners[0].ink : theme.ink;
+      context.fillStyle = theme.page;
+      if (!isOnColour) context.fillRect(x + 1, y + s / 2 - 5, s - 2, 10);
       write(context, text, x + s / 2, y + s / 2 + 0.5, { colour, font, align: "center", squeeze: s - 3 });
     }
     if (changed) {
@@ -526,8 +529,8 @@ class Requests extends Part {
     this.slots.clear();
     const present = this.present(frame);
     const style = { colour: theme.quiet, font: px(11) };
-    write(context, "cached / tokens", 148, ROW / 2, { ...style, align: "right" });
-    write(context, "block table", 156, ROW / 2, style);
+    write(context, "cached / tokens", 154, ROW / 2, { ...style, align: "right" });
+    write(context, "block table", 164, ROW / 2, style);
     const shown = present.slice(0, MAX_ROWS);
     const [top, bottom] = [this.element.scrollTop - ROW, this.element.scrollTop + this.element.clientHeight];
     shown.forEach((request, i) => {
@@ -620,18 +623,18 @@ class Requests extends Part {
   drawRow(context, theme, request, y) {
     this.drawHead(context, theme, request, y);
     const style = { colour: theme.quiet, font: px(11) };
-    write(context, `${request.computed}/${request.tokens}`, 148, y + 10.5, { ...style, align: "right" });
+    write(context, `${request.computed}/${request.tokens}`, 154, y + 10.5, { ...style, align: "right" });
     const { table } = request;
-    const room = Math.floor((this.width - 158) / ID_BOX);
+    const room = Math.floor((this.width - 166) / ID_BOX);
     const shown = table.length > room ? table.slice(0, room - 1) : table;
     shown.forEach((block, i) => {
-      const x = 156 + i * ID_BOX;
+      const x = 164 + i * ID_BOX;
       context.fillStyle = theme.empty;
       context.fillRect(x, y + 3, ID_BOX - 2, 15);
       write(context, String(block), x + ID_BOX / 2 - 1, y + 10.5, { colour: theme.ink, font: px(10), align: "center" });
     });
     const rest = table.length - shown.length;
-    if (rest) write(context, `+${rest}`, 156 + shown.length * ID_BOX, y + 10.5, style);
+    if (rest) write(context, `+${rest}`, 164 + shown.length * ID_BOX, y + 10.5, style);
   }
 
   /** Scroll to the request that the keys have chosen. */
@@ -1036,6 +1039,9 @@ class Player {
       }
     }
     this.slider.max = String(this.last);
+    const longest = Math.max(...this.recording.frames.map(({ sentence }) => sentence.length));
+    const numLines = Math.min(3, Math.ceil((longest * 7) / width)); // room for them, so that the picture stays in place
+    this.sentence.style.minHeight = `${1.45 * numLines}em`;
     this.draw();
   }
 
