@@ -1,0 +1,56 @@
+"""Chapter 02 in a real JupyterLab: all cells run, and the cache map plays the run that was recorded."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from .chromium import ARGUMENTS, CHROMIUM, sync_api
+from .test_lab import MINUTES, address, folder, run_all  # noqa: F401  # two of them are fixtures
+
+ERRORS: list[str] = []  # what JavaScript threw, and nobody caught
+
+
+@pytest.fixture(scope="module")
+def page(address: str) -> Iterator["sync_api.Page"]:  # noqa: F811
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.on("pageerror", lambda error: ERRORS.append(str(error)))
+        page.goto(address.replace("00_quickstart", "02_paged_attention"))
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
+        run_all(page)
+        yield page
+        browser.close()
+
+
+def cache_map(page: "sync_api.Page") -> "sync_api.Locator":
+    return page.locator(".jp-OutputArea-output").filter(has=page.locator(".nanovllm-sentence")).first
+
+
+def test_every_cell_runs(page):
+    assert page.locator(".jp-CodeCell").count() >= 20
+    assert page.get_by_text("Traceback (most recent call last)").count() == 0
+    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+
+
+def test_the_cache_map_plays_the_run(page):
+    area = cache_map(page)
+    area.scroll_into_view_if_needed()
+    sentence = area.locator(".nanovllm-sentence")
+    sync_api.expect(sentence).to_contain_text("C is preempted, blocks 4-6 return")
+    area.get_by_role("button", name="Previous step").click()
+    sync_api.expect(sentence).to_have_text("A, B and C generate one token each.")
+    slider = area.locator("input[type=range]")
+    box = slider.bounding_box()
+    page.mouse.click(box["x"] + box["width"] - 2, box["y"] + box["height"] / 2)
+    sync_api.expect(sentence).to_contain_text("C is finished, blocks 0 and 2-4 return")
+
+
+def test_keys_stay_in_the_map(page):
+    area, cells = cache_map(page), page.locator(".jp-Cell").count()
+    area.locator("input[type=range]").focus()
+    page.keyboard.press("ArrowLeft")
+    sync_api.expect(area.locator(".nanovllm-sentence")).to_have_text("C generates one token.")
+    page.keyboard.press("b")
+    assert page.locator(".jp-Cell").count() == cells
+    assert ERRORS == []
