@@ -29,7 +29,7 @@ from nanovllm.viz.theme import EMPTY, INK, QUIET, colour, hatch, ink_on, new_fig
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What one layer's attention was given in a step, and what it made of it.
+    """What one layer's attention was given in a step, and what it made of it; copies, on the CPU.
 
     `query` and `output` are `[num_tokens, num_heads, head_dim]`, `key` and `value` `[num_tokens, num_kv_heads,
     head_dim]`; the caches are `[blocks, block_size, num_kv_heads, head_dim]` and hold the step's keys and values.
@@ -52,10 +52,15 @@ def watch_attention(llm: LLM, layer: int = 0) -> Iterator[list[AttentionCall]]:
     calls: list[AttentionCall] = []
 
     def record(module: Attention, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        query, key, value, k_cache, v_cache = (t.clone() for t in (*args, module.k_cache, module.v_cache))
-        context = copy.deepcopy(replace(get_context(), plan=None))
-        output = output.clone().unflatten(1, (module.num_heads, module.head_dim))
+        query, key, value, k_cache, v_cache = map(kept, (*args, module.k_cache, module.v_cache))
+        context = replace(get_context(), plan=None)
+        for name in ("query_start", "context_lens", "block_tables", "slot_mapping"):
+            setattr(context, name, kept(getattr(context, name)))
+        output = kept(output).unflatten(1, (module.num_heads, module.head_dim))
         calls.append(AttentionCall(query, key, value, k_cache, v_cache, context, module.scale, output))
+
+    def kept(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone().cpu()
 
     hook = attentions[layer].register_forward_hook(record)  # type: ignore[arg-type]
     try:
