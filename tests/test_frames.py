@@ -340,7 +340,7 @@ A        decode         10         9  0 1 3
 B        preempted       9         0
 block   0  |####|  A
 block   1  |####|  A
-block   2  |~~~~|  kept, place 0 in the queue  *
+block   2  |~~~~|  kept, #1 in the queue  *
 block   3  |#   |  A  *
 
 step 0: A joins and computes 5 tokens. B joins and computes 5 tokens.
@@ -393,7 +393,7 @@ def words(axes) -> list[str]:
 def test_a_cache_map_as_a_figure():
     figure = cache_map_figure(Frames(preemption().trace), 5)
     pool, requests = figure.axes
-    assert words(pool) == ["A", "0", "A", "1", "kept\nplace 0", "2", "A", "3"]
+    assert words(pool) == ["A", "0", "A", "1", "kept\n#1", "2", "A", "3"]
     assert "decode\n10 tokens" in words(requests) and "preempted\n9 tokens" in words(requests)
     assert [word for word in words(requests) if word.startswith("in ")] == ["in 0", "in 1", "in 3"]
     bold = [patch.get_x() for patch in pool.patches if patch.get_linewidth() > 2]
@@ -422,7 +422,7 @@ def test_a_timeline_as_a_figure():
     assert legend == ["prefill of so many tokens, H after a hit", "decode", "waits", "preempted", "finished"]
     assert tokens.get_xlabel() == "step" and tokens.get_ylabel() == "tokens"
     assert timeline_alt(Frames(preemption().trace), 5).startswith(
-        "2 requests over 8 steps, with 1 preemptions; a step has up to 10 of 100 tokens. Step 4: A needs a block"
+        "2 requests over 8 steps, with 1 preemption; a step has up to 10 of 100 tokens. Step 4: A needs a block"
     )
 
 

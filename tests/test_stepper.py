@@ -59,7 +59,7 @@ def test_run_and_what_is_kept(stepper):
     stepper.add_request([7] * 17, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     stepper.run()
     assert stepper.message == "All requests are finished." and not stepper.llm.has_unfinished_requests()
-    assert "block   0  |~~~~~~~~~~~~~~~~|  kept, place 7 in the queue" in str(stepper)
+    assert "block   0  |~~~~~~~~~~~~~~~~|  kept, #8 in the queue" in str(stepper)
     assert "A answered '<" in str(stepper)
     stepper.step()
     assert stepper.message == "Nothing to do: add a request."

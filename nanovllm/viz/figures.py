@@ -19,8 +19,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from nanovllm.engine.trace import BlockState
-from nanovllm.viz.frames import Frame, Frames, RequestFrame, numbered
-from nanovllm.viz.text import shown_requests
+from nanovllm.viz.frames import Frame, Frames, RequestFrame, counted, numbered
+from nanovllm.viz.text import place, shown_requests
 from nanovllm.viz.theme import EMPTY, INK, QUIET, colour, hatch, ink_on, new_figure, styled
 
 MAX_DRAWN_BLOCKS = 64  # a larger pool is drawn as an overview, a small cell for each block
@@ -34,7 +34,7 @@ PITCH_X, PITCH_Y = 1.12, 0.92  # from a block to the next
 LOGICAL_LEFT, LOGICAL_HEIGHT = 1.18, 0.46  # where a request's logical blocks begin, and their height
 CELL = 0.9  # of a cell of the overview; from one to the next is 1
 KEY = (
-    "Bold outline: changed in this step. Grey: kept for the prefix cache, at this place in the queue of free blocks.\n"
+    "Bold outline: changed in this step. Grey: kept for the prefix cache; #1 is the next that is taken.\n"
     "Below, each request's tokens; in 3: these lie in block 3; the stripe: computed so far; dotted: no block yet."
 )
 OVERVIEW_KEY = (
@@ -72,7 +72,7 @@ def cache_map_figure(frames: Frames, index: int) -> Figure:
             list_requests(requests, shown)
         key = KEY if is_small else OVERVIEW_KEY
         num_left_out = len(frame.requests) - len(shown)
-        key += f" And {num_left_out} more requests." if num_left_out else ""
+        key += f" And {counted(num_left_out, 'more request')}." if num_left_out else ""
         figure.supxlabel(key.strip(), x=0.008, ha="left", fontsize=7.5, color=QUIET)
     return figure
 
@@ -116,7 +116,7 @@ def draw_block(ax: Axes, frames: Frames, block: BlockState, left: float, bottom:
     slots = [left + slot / block_size for slot in range(1, block_size)]
     ax.vlines(slots, bottom, bottom + BOX, color="white", linewidth=0.6)
     if not block.owners:
-        words = "free" if block.hash is None else f"kept\nplace {block.free_index}"
+        words = "free" if block.hash is None else f"kept\n#{place(block)}"
         ax.text(left + 0.5, bottom + BOX / 2, words, ha="center", va="center", color="#444444", fontsize=8)
 
 
@@ -144,13 +144,13 @@ def draw_requests(ax: Axes, frames: Frames, shown: list[RequestFrame]) -> None:
     pitch = (8 * PITCH_X - LOGICAL_LEFT - 0.2) / room
     for row, (r, count) in enumerate(zip(shown, counts)):
         draw_badge(ax, r.name, 0.03, LOGICAL_HEIGHT / 2 - row)
-        words = f"{r.status}\n{r.num_tokens} tokens"
+        words = f"{r.status}\n{counted(r.num_tokens, 'token')}"
         ax.text(0.3, LOGICAL_HEIGHT / 2 - row, words, va="center", fontsize=8)
         half = room // 2
         drawn = [*range(half), *range(count - half, count)] if count > room else range(count)
-        for place, i in enumerate(drawn):
-            gap = 0.12 if count > room and place >= half else 0
-            draw_logical_block(ax, frames, r, i, LOGICAL_LEFT + place * pitch + gap, -row, pitch - 0.08)
+        for column, i in enumerate(drawn):
+            gap = 0.12 if count > room and column >= half else 0
+            draw_logical_block(ax, frames, r, i, LOGICAL_LEFT + column * pitch + gap, -row, pitch - 0.08)
         if count > room:
             ax.text(LOGICAL_LEFT + half * pitch + 0.02, LOGICAL_HEIGHT / 2 - row, "…", ha="center", va="center")
     ax.set_xlim(-0.03, 8 * PITCH_X - 0.08)
@@ -209,7 +209,7 @@ def list_requests(ax: Axes, shown: list[RequestFrame]) -> None:
     """Four requests a line: letter, status, tokens and number of blocks."""
     for k, r in enumerate(shown):
         draw_badge(ax, r.name, k % 4, -(k // 4))
-        words = f"{r.status}, {r.num_tokens} tokens, {len(r.block_table)} blocks"
+        words = f"{r.status}, {counted(r.num_tokens, 'token')}, {counted(len(r.block_table), 'block')}"
         ax.text(k % 4 + 0.14, -(k // 4), words, va="center", fontsize=7.5)
     ax.set_xlim(-0.02, 4)
     ax.set_ylim(-max(-(-len(shown) // 4), 1) + 0.4, 0.6)
@@ -334,6 +334,6 @@ def timeline_alt(frames: Frames, index: int) -> str:
     num_preempted = sum(len(step.preempted) for step in trace.steps)
     most = max((step.num_tokens for step in trace.steps), default=0)
     return (
-        f"{len(trace.requests)} requests over {len(trace.steps)} steps, with {num_preempted} preemptions; a step has up "
-        f"to {most} of {trace.config['max_num_batched_tokens']} tokens. {frame.title.capitalize()}: {frame.sentence}"
+        f"{counted(len(trace.requests), 'request')} over {counted(len(trace.steps), 'step')}, with "
+        f"{counted(num_preempted, 'preemption')}; a step has up to {most} of {trace.config['max_num_batched_tokens']} tokens. {frame.title.capitalize()}: {frame.sentence}"
     )

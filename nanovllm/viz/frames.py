@@ -6,7 +6,8 @@
     frames[i + 1].sentence # what changed in it
 
 A frame is plain data. The renderers draw it: text.py as characters, figures.py as a static picture, live.py in the
-browser. A trace that is still growing is fine: its new steps are there when they are asked for.
+browser. A trace that is still growing is fine: its new steps are there when they are asked for. The blocks of a frame
+are computed anew from the trace whenever they are asked for: a long run has too many of them to keep.
 """
 
 import hashlib
@@ -64,7 +65,7 @@ class Frame:
 
     @property
     def blocks(self) -> tuple[BlockState, ...]:
-        """Every block of the pool; computed when it is asked for, because a long run has millions of them."""
+        """Every block of the pool."""
         return self.frames.blocks_after(self.index)
 
     @property
@@ -124,9 +125,6 @@ class Frames:
         token_ids = (traced.prompt_token_ids + traced.output_token_ids)[: request.num_tokens]
         return "".join(self.trace.text_of(token_id) for token_id in token_ids[start:end])
 
-    def _blocks_after(self, step_index: int) -> tuple[BlockState, ...]:
-        return self.trace.blocks_at(step_index) if step_index >= 0 else self.trace.blocks_before()
-
     def fullest(self) -> int:
         """The frame in which most blocks are in use, the first of them."""
         return max(range(len(self)), key=lambda i: (self[i].num_used_blocks, -i))
@@ -144,6 +142,9 @@ class Frames:
             digest.update(repr([(b, pool.owners[b], pool.filled[b], pool.hash[b]) for b in changed]).encode())
             digest.update(repr([b for b in changed if b in pool.free]).encode())
         return digest.hexdigest()[:12]
+
+    def _blocks_after(self, step_index: int) -> tuple[BlockState, ...]:
+        return self.trace.blocks_at(step_index) if step_index >= 0 else self.trace.blocks_before()
 
     # -- Making them -----------------------------------------------------------------------------------------------------
 
@@ -183,9 +184,9 @@ class Frames:
         said = [frame.sentence] if frame.sentence else []
         running, waiting = ([r.name for r in newcomers if r.is_running is runs] for runs in (True, False))
         if running:
-            said.append(f"{listed(running)} {'runs' if len(running) == 1 else 'run'} already.")
+            said.append(f"{listed(running)} {plural(running, 'runs', 'run')} already.")
         if waiting:
-            said.append(f"{listed(waiting)} {'arrives' if len(waiting) == 1 else 'arrive'}.")
+            said.append(f"{listed(waiting)} {plural(waiting, 'arrives', 'arrive')}.")
         sentence = " ".join(said) or "Nothing has happened yet."
         return replace(frame, sentence=sentence, requests=(*frame.requests, *newcomers))
 
@@ -320,23 +321,22 @@ class Teller:
             words = r.name
             if was.is_waiting:
                 words += " joins again" if was.status == "preempted" else " joins"
-                words += f", finds {tokens(r.num_hit_tokens)} in the prefix cache" if r.num_hit_tokens else ""
-                words += f" and computes {tokens(r.num_new_tokens)}"
+                words += f", finds {counted(r.num_hit_tokens, 'token')} in the prefix cache" if r.num_hit_tokens else ""
+                words += f" and computes {counted(r.num_new_tokens, 'token')}"
             else:
-                words += f" computes {tokens(r.num_new_tokens, 'more ')}"
+                words += f" computes {counted(r.num_new_tokens, 'more token')}"
             left = was.num_tokens - r.num_computed_tokens
             said.append(words + (f", {left} to go" if left else ""))
-        if len(workers) > MAX_NAMED:
-            said.append(
-                f"{len(workers) - MAX_NAMED} more compute {tokens(sum(r.num_new_tokens for r in workers[MAX_NAMED:]))}"
-            )
+        others = workers[MAX_NAMED:]
+        if others:
+            total = counted(sum(r.num_new_tokens for r in others), "token")
+            said.append(f"{len(others)} more {plural(others, 'computes', 'compute')} {total}")
         return said
 
     def decodes(self) -> list[str]:
         workers = [r for r in self.now.values() if r.did == "decode"]
-        return (
-            [f"{names(workers)} {plural(workers, 'generates one token', 'generate one token each')}"] if workers else []
-        )
+        words = plural(workers, "generates one token", "generate one token each")
+        return [f"{names(workers)} {words}"] if workers else []
 
     def evictions(self) -> list[str]:
         evicted = [event.block for event in self.step.block_events if event.kind == "evict"]
@@ -346,10 +346,8 @@ class Teller:
     def endings(self) -> list[str]:
         ended = self.step.finished
         said = [f"{self.now[i].name} is {self.now[i].status}{self.blocks_of(i)}" for i in ended[:MAX_NAMED]]
-        if len(ended) > MAX_NAMED:
-            left = len(ended) - MAX_NAMED
-            said.append(f"{left} more {'is' if left == 1 else 'are'} over")
-        return said
+        others = ended[MAX_NAMED:]
+        return [*said, f"{len(others)} more {plural(others, 'is', 'are')} over"] if others else said
 
     def blocks_of(self, request_id: int) -> str:
         returned = self.returned.get(request_id, [])
@@ -360,9 +358,9 @@ def plural(things: Sized, one: str, many: str) -> str:
     return one if len(things) == 1 else many
 
 
-def tokens(number: int, more: str = "") -> str:
-    """1 token; 5 tokens; 5 more tokens."""
-    return f"{number} {more}{'token' if number == 1 else 'tokens'}"
+def counted(number: int, noun: str) -> str:
+    """1 token; 5 tokens."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def names(requests: Iterable[RequestFrame]) -> str:

@@ -5,7 +5,7 @@ print(timeline_text(frames, index))    # who computed how many tokens in which s
 """
 
 from nanovllm.engine.trace import BlockState
-from nanovllm.viz.frames import Frame, Frames, RequestFrame
+from nanovllm.viz.frames import Frame, Frames, RequestFrame, counted
 
 MAX_BLOCK_LINES = 16  # a pool of up to so many blocks has a line for each
 MAX_BLOCKS = 64  # up to so many have a word for each; above, a character stands for several
@@ -35,7 +35,7 @@ def request_lines(frame: Frame) -> list[str]:
         table = " ".join(map(str, r.block_table[:MAX_TABLE])) + (" ..." if len(r.block_table) > MAX_TABLE else "")
         lines.append(f"{r.name:<7}  {r.status:<9}  {r.num_tokens:>6}  {r.num_computed_tokens:>8}  {table}".rstrip())
     if len(shown) < len(frame.requests):
-        lines.append(f"and {len(frame.requests) - len(shown)} more requests")
+        lines.append(f"and {counted(len(frame.requests) - len(shown), 'more request')}")
     return lines
 
 
@@ -56,7 +56,7 @@ def block_lines(frames: Frames, index: int) -> list[str]:
         width = max(map(len, words)) + 1
         rows = range(0, len(words), 8)
         lines = [f"block {i:>3}  " + "".join(f"{word:<{width}}" for word in words[i : i + 8]).rstrip() for i in rows]
-        return [*lines, "A:5 holds 5 tokens of request A; ~2 kept, at place 2 in the queue of free blocks; . free"]
+        return [*lines, "A:5 holds 5 tokens of request A; ~2 kept, second in the queue of free blocks; . free"]
     blocks_per_cell = -(-len(blocks) // MAX_BLOCKS)
     cells = ""
     for i in range(0, len(blocks), blocks_per_cell):
@@ -74,7 +74,7 @@ def block_line(frames: Frames, i: int, block: BlockState) -> str:
     if block.owners:
         words = " and ".join(frames.name(owner) for owner in block.owners)
     else:
-        words = "free" if block.hash is None else f"kept, place {block.free_index} in the queue"
+        words = "free" if block.hash is None else f"kept, #{place(block)} in the queue"
     slots = ("#" if block.owners else "~") * block.filled
     return f"block {i:>3}  |{slots:<{frames.trace.block_size}}|  {words}"
 
@@ -82,7 +82,13 @@ def block_line(frames: Frames, i: int, block: BlockState) -> str:
 def block_word(frames: Frames, block: BlockState) -> str:
     if block.owners:
         return "+".join(frames.name(owner) for owner in block.owners) + f":{block.filled}"
-    return "." if block.hash is None else f"~{block.free_index}"
+    return "." if block.hash is None else f"~{place(block)}"
+
+
+def place(block: BlockState) -> int:
+    """A free block's place in the queue, counted from 1: the next to be taken."""
+    assert block.free_index is not None
+    return block.free_index + 1
 
 
 def history_lines(frames: Frames) -> list[str]:
@@ -90,7 +96,7 @@ def history_lines(frames: Frames) -> list[str]:
     shown = range(1, min(len(frames), MAX_STEPS + 1))
     lines = [f"{frames[i].title}: {frames[i].sentence}" for i in shown]
     if len(frames) > MAX_STEPS + 1:
-        lines.append(f"... and {len(frames) - 1 - MAX_STEPS} more steps")
+        lines.append(f"... and {counted(len(frames) - 1 - MAX_STEPS, 'more step')}")
     return [*lines, f"digest {frames.digest()}"]
 
 
@@ -112,7 +118,7 @@ def timeline_text(frames: Frames, index: int) -> str:
     width = max(len(text) for row in rows for text in row[1:] or [""]) + 1
     lines = [f"{row[0]:<6}  " + "".join(f"{text:<{width}}" for text in row[1:]) for row in rows]
     if num_left_out:
-        lines.insert(-2, f"and {num_left_out} more requests")
+        lines.insert(-2, f"and {counted(num_left_out, 'more request')}")
     lines.append(f"The budget is {frames.trace.config['max_num_batched_tokens']} tokens a step.")
     lines += [LEGEND, f"digest {frames.digest()}"]
     return "\n".join(line.rstrip() for line in lines if line.strip())
