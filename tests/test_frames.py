@@ -113,7 +113,7 @@ def test_who_needs_a_block_may_be_the_one_preempted():
 
 
 def test_one_preemption_may_not_be_enough():
-    """The scheduler here never needs two blocks at once of those who came later, but one that you write may."""
+    """A needs two blocks, and those who came later have one each."""
     trace = Trace({"num_kv_blocks": 4, "block_size": 4, "max_num_batched_tokens": 9}, {}, Pool(4), str)
     trace.requests = {i: TracedRequest(i, 0, None, [7] * num_tokens, [7]) for i, num_tokens in enumerate((12, 4, 4))}
     joining = [BlockEvent("allocate", i, i) for i in range(3)]

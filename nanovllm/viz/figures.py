@@ -239,7 +239,8 @@ MARKS = {  # of a request in a step: marker, where it stands beside the middle o
 
 def timeline_figure(frames: Frames, index: int) -> Figure:
     """Requests over steps, and below the tokens of each step in its budget; the frame's own step is shaded."""
-    frame, shown = frames[index], shown_requests(frames[-1], MAX_ROWS)
+    frame, last = frames[index], frames[-1]
+    shown = shown_requests(last if len(last.requests) <= MAX_ROWS else frame, MAX_ROWS)
     height = (0.13 if len(shown) > 16 else 0.3) * max(len(shown), 2)
     figure = new_figure(9, height + 2.4)
     with styled():
@@ -249,7 +250,7 @@ def timeline_figure(frames: Frames, index: int) -> Figure:
         for ax in (rows, tokens):
             if frame.index >= 0:
                 ax.axvspan(frame.index - 0.5, frame.index + 0.5, color="#56B4E9", alpha=0.25, linewidth=0, zorder=0)
-        num_left_out = len(frames[-1].requests) - len(shown)
+        num_left_out = len(last.requests) - len(shown)
         rows.set_ylabel("request" + (f" (and {num_left_out} more)" if num_left_out else ""))
         tokens.set_xlabel("step")
         tokens.set_xlim(-0.6, max(len(frames) - 1, 12) - 0.3)
@@ -280,8 +281,8 @@ def draw_rows(ax: Axes, frames: Frames, shown: list[RequestFrame]) -> None:
                 draw_number(ax, r.name, k, row, f"{'H' if now.num_hit_tokens else ''}{now.num_new_tokens}")
             elif now and now.num_hit_tokens:
                 marks["hit"].append((k, row))
-            if r.id in frames.trace.steps[k].finished:
-                marks[r.status].append((k, row))
+            if now and r.id in frames.trace.steps[k].finished:
+                marks[now.status].append((k, row))
     for kind, (marker, shift, label) in MARKS.items():
         if marks[kind]:
             xs, ys = [k + shift for k, _ in marks[kind]], [row for _, row in marks[kind]]

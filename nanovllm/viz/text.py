@@ -1,7 +1,9 @@
 """Frames drawn as characters: for a terminal, for a screen reader, and for the test run, which compares them.
 
-print(cache_map_text(frames, index))   # every block, every request, and what each step changed
-print(timeline_text(frames, index))    # who computed how many tokens in which step
+    print(cache_map_text(frames, index))   # every block, every request, and what each step changed
+    print(timeline_text(frames, index))    # who computed how many tokens in which step
+
+Both end with a digest of the whole run, so that no difference escapes, though a long run is not told to its end.
 """
 
 from nanovllm.engine.trace import BlockState
@@ -107,9 +109,9 @@ def timeline_text(frames: Frames, index: int) -> str:
     first = max(0, min(frame.index - MAX_COLUMNS // 2, num_steps - MAX_COLUMNS))
     steps = range(first, min(num_steps, first + MAX_COLUMNS))
     rows = [["step", *map(str, steps)]]
-    for request in frames[-1].requests:
-        history = frames.history(request.id)
-        row = [request.name, *(cell(history[k], request.id in frames.trace.steps[k].finished) for k in steps)]
+    seen = [(frames[k + 1].requests, frames.trace.steps[k].finished) for k in steps]
+    for i, r in enumerate(frames[-1].requests):
+        row = [r.name, *(cell(requests[i], r.id in ended) if i < len(requests) else "" for requests, ended in seen)]
         rows += [row] if any(row[1:]) else []
     num_left_out = max(0, len(rows) - 1 - MAX_REQUESTS)
     rows = rows[: 1 + MAX_REQUESTS]
@@ -124,10 +126,8 @@ def timeline_text(frames: Frames, index: int) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def cell(request: RequestFrame | None, ends: bool) -> str:
+def cell(request: RequestFrame, ends: bool) -> str:
     """What a request did in a step, in a few characters; `ends` if it was finished or aborted in it."""
-    if request is None:
-        return ""
     words = {"decode": "D", "wait": ".", "preempted": "X", "failed": "!"}.get(request.did, "")
     if request.did == "prefill":
         words = f"{'H' if request.num_hit_tokens else 'P'}{request.num_new_tokens}"
