@@ -311,8 +311,11 @@ def draw_budget(ax: Axes, frames: Frames) -> None:
     total = [frames[k + 1].num_tokens for k in steps]
     decode = [sum(r.num_new_tokens for r in frames[k + 1].requests if r.did == "decode") for k in steps]
     prefill = [a - b for a, b in zip(total, decode)]
-    ax.bar(steps, decode, width=0.9, color="#555555", label="decode")
-    ax.bar(steps, prefill, bottom=decode, width=0.9, color="#c8c8c8", hatch="///", edgecolor="white", label="prefill")
+    style: dict[str, Any] = dict(width=0.9, hatch="///", edgecolor="white")
+    if len(steps) > 150:
+        style = dict(width=1)  # bars of a pixel or two: an edge would leave nothing of them
+    ax.bar(steps, decode, width=style["width"], color="#555555", label="decode")
+    ax.bar(steps, prefill, bottom=decode, color="#b8b8b8", label="prefill", **style)
     budget, most = frames.trace.config["max_num_batched_tokens"], max(total, default=1)
     if budget <= 4 * most:
         ax.axhline(budget, color=INK, linestyle="--", linewidth=1, label=f"the budget: {budget} tokens a step")
