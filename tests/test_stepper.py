@@ -1,6 +1,8 @@
 """The stepper, without a browser: its methods, its buttons, and the three forms in which it is shown."""
 
 import base64
+from threading import Thread
+from time import sleep
 
 import pytest
 
@@ -144,6 +146,23 @@ def test_a_step_that_fails_is_told(stepper, monkeypatch):
     assert "step 0: The step fails (division by zero)" in str(stepper) and len(stepper.trace.steps) == 1
     stepper.run()
     assert [r.status for r in requests(stepper)] == ["finished"]
+
+
+def test_buttons_pressed_while_it_runs(stepper):
+    """JupyterLab handles each widget's messages in a thread of its own."""
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    stepper.add_request([7] * 4, params)
+    stepper.add_request([8] * 4, params)
+    running = Thread(target=stepper.run)
+    running.start()
+    while not stepper.trace.steps:
+        sleep(0.001)
+    stepper.abort("B")
+    assert stepper.frames[-1].requests[1].status == "aborted"
+    running.join(60)
+    assert stepper.message == "All requests are finished."
+    assert [r.status for r in requests(stepper)] == ["finished", "aborted"]
+    assert len(stepper.trace.requests[1].output_token_ids) < 100
 
 
 def test_markup_in_texts_is_shown_as_text(stepper):

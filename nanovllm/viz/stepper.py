@@ -1,7 +1,10 @@
 """The stepper: an engine with buttons. Each press of Step is one `llm.step()`, and you see what it changed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from html import escape
+from itertools import repeat
+from threading import Lock
+from time import sleep
 from typing import Any
 
 import ipywidgets as widgets
@@ -29,6 +32,7 @@ class Stepper:
     def __init__(self, llm: LLM, max_tokens: int = 12) -> None:
         self.llm = llm
         self.message = "Nothing has happened yet."
+        self._lock = Lock()
         self._prompt = widgets.Text(
             value="The sun rises in the", description="Prompt", layout=widgets.Layout(flex="1 1 16em", width="auto")
         )
@@ -64,11 +68,11 @@ class Stepper:
 
     def step(self, num_steps: int = 1) -> None:
         """Make `num_steps` steps, or fewer if nothing is left to do."""
-        self._guarded(lambda: self._steps(num_steps), "The step failed")
+        self._steps(range(num_steps))
 
     def run(self) -> None:
         """Make steps until every request is finished."""
-        self._guarded(lambda: self._steps(None), "The step failed")
+        self._steps(repeat(None))
 
     def add_request(self, prompt: str | list[int], params: SamplingParams | None = None) -> None:
         """Queue a request; greedy, and as long as the box "Length" says, unless `params` says otherwise."""
@@ -81,11 +85,11 @@ class Stepper:
 
     def abort(self, request: str | int) -> None:
         """End an unfinished request, given by its letter or its id."""
-        ids: dict[str | int, int] = {}
-        for r in self.unfinished():
-            ids[r.name] = ids[r.id] = r.id
 
         def abort() -> None:
+            ids: dict[str | int, int] = {}
+            for r in self.unfinished():
+                ids[r.name] = ids[r.id] = r.id
             if request not in ids:
                 raise KeyError(f"no unfinished request is called {request!r}")
             self.llm.abort(ids[request])
@@ -109,26 +113,38 @@ class Stepper:
     def _add_typed(self) -> None:
         self.add_request(self._prompt.value)
 
-    def _steps(self, num_steps: int | None) -> None:
+    def _steps(self, times: Iterable[Any]) -> None:
+        for _ in times:
+            if not self._guarded(self._one_step, "The step failed") or not self.llm.has_unfinished_requests():
+                break
+            sleep(0.001)  # whoever pressed another button meanwhile has a turn
+
+    def _one_step(self) -> None:
         if not self.llm.has_unfinished_requests():
             self.message = "Nothing to do: add a request."
             return
-        while num_steps != 0 and self.llm.has_unfinished_requests():
-            self.llm.step()
-            left = len(self.unfinished())
-            self.message = f"{left} unfinished." if left else "All requests are finished."
-            self._refresh()
-            num_steps = None if num_steps is None else num_steps - 1
+        self.llm.step()
+        left = len(self.unfinished())
+        self.message = f"{left} unfinished." if left else "All requests are finished."
 
-    def _guarded(self, action: Callable[[], None], failure: str = "The engine refused") -> None:
-        """Do it, and say in the widget what went wrong: a traceback of a button press would be seen nowhere."""
-        try:
-            action()
-        except KeyError as error:
-            self.message = f"{failure}: {error.args[0]}"  # as text, a KeyError is in quotes
-        except Exception as error:
-            self.message = f"{failure}: {error}"
-        self._refresh()
+    def _guarded(self, action: Callable[[], None], failure: str = "The engine refused") -> bool:
+        """Do it, and say in the widget what went wrong: a traceback of a button press would be seen nowhere.
+
+        JupyterLab lets the buttons press in several threads; the engine is used by one at a time. Returns whether all
+        went well.
+        """
+        with self._lock:
+            try:
+                action()
+                return True
+            except KeyError as error:
+                self.message = f"{failure}: {error.args[0]}"  # as text, a KeyError is in quotes
+                return False
+            except Exception as error:
+                self.message = f"{failure}: {error}"
+                return False
+            finally:
+                self._refresh()
 
     # -- What is seen --------------------------------------------------------------------------------------------------
 
