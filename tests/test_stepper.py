@@ -149,7 +149,7 @@ def test_a_step_that_fails_is_told(stepper, monkeypatch):
 
 
 def test_buttons_pressed_while_it_runs(stepper):
-    """JupyterLab handles each widget's messages in a thread of its own."""
+    """In JupyterLab that happens in another thread."""
     params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
     stepper.add_request([7] * 4, params)
     stepper.add_request([8] * 4, params)

@@ -115,9 +115,10 @@ class Stepper:
 
     def _steps(self, times: Iterable[Any]) -> None:
         for _ in times:
-            if not self._guarded(self._one_step, "The step failed") or not self.llm.has_unfinished_requests():
-                break
+            went_well = self._guarded(self._one_step, "The step failed")
             sleep(0.001)  # whoever pressed another button meanwhile has a turn
+            if not went_well or not self.llm.has_unfinished_requests():
+                break
 
     def _one_step(self) -> None:
         if not self.llm.has_unfinished_requests():
@@ -130,8 +131,8 @@ class Stepper:
     def _guarded(self, action: Callable[[], None], failure: str = "The engine refused") -> bool:
         """Do it, and say in the widget what went wrong: a traceback of a button press would be seen nowhere.
 
-        JupyterLab lets the buttons press in several threads; the engine is used by one at a time. Returns whether all
-        went well.
+        In JupyterLab a button may be pressed while another one's work goes on, in a thread of its own; the engine is
+        used by one at a time. Returns whether all went well.
         """
         with self._lock:
             try:
