@@ -31,7 +31,7 @@ def statuses(run: Run) -> list[str]:
     return [" ".join(request.status for request in frames[i].requests) for i in range(len(frames))]
 
 
-# -- Scenes --------------------------------------------------------------------------------------------------------------
+# -- Scenes ------------------------------------------------------------------------------------------------------------
 
 
 def sharing() -> Run:
@@ -108,7 +108,8 @@ def test_who_needs_a_block_may_be_the_one_preempted():
     for _ in range(5):
         run.step(token=7)
     assert told(run)[4] == (  # A takes the last block, so B has none; block 0 stays with A
-        "step 4: B needs a block, none is free; it came last, so it is preempted, block 2 returns. A generates one token."
+        "step 4: B needs a block, none is free; it came last, so it is preempted, block 2 returns. "
+        "A generates one token."
     )
 
 
@@ -222,7 +223,7 @@ def test_words_for_many():
     assert second.endswith("F is finished, blocks 10 and 11 return. 4 more are over.")
 
 
-# -- Whatever happens ----------------------------------------------------------------------------------------------------
+# -- Whatever happens --------------------------------------------------------------------------------------------------
 
 
 def test_frames_of_random_runs():
@@ -327,7 +328,7 @@ def test_a_long_trace_has_quick_frames():
     assert seconds < 2, f"{seconds:.1f} s"
 
 
-# -- As characters -------------------------------------------------------------------------------------------------------
+# -- As characters -----------------------------------------------------------------------------------------------------
 
 
 def test_a_cache_map_in_characters():
@@ -383,7 +384,7 @@ def test_a_text_stays_short(num_blocks, num_seqs):
     assert "... and 36 more steps" in cache_map_text(frames, 40)
 
 
-# -- As figures ----------------------------------------------------------------------------------------------------------
+# -- As figures --------------------------------------------------------------------------------------------------------
 
 
 def words(axes) -> list[str]:

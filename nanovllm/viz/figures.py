@@ -42,7 +42,7 @@ OVERVIEW_KEY = (
 )
 
 
-# -- The cache map -------------------------------------------------------------------------------------------------------
+# -- The cache map -----------------------------------------------------------------------------------------------------
 
 
 def cache_map_figure(frames: Frames, index: int) -> Figure:
@@ -226,7 +226,7 @@ def cache_map_alt(frames: Frames, index: int) -> str:
     return " ".join(said)
 
 
-# -- The timeline --------------------------------------------------------------------------------------------------------
+# -- The timeline ------------------------------------------------------------------------------------------------------
 
 MARKS = {  # of a request in a step: marker, where it stands beside the middle of the step, label
     "hit": ("$\\mathrm{H}$", -0.34, "hit in the prefix cache"),
@@ -258,7 +258,7 @@ def timeline_figure(frames: Frames, index: int) -> Figure:
 
 
 def draw_rows(ax: Axes, frames: Frames, shown: list[RequestFrame]) -> None:
-    """Thick bars for prefill, with the number of tokens; thin ones for decode; a line for waiting; marks for the rest."""
+    """Thick bars for prefill, with the number of tokens; thin ones for decode; dots for waiting; marks for the rest."""
     is_dense = len(shown) > 16
     has_numbers = len(frames) <= 50 and not is_dense  # else there is no room for them
     marks: dict[str, list[tuple[float, int]]] = {kind: [] for kind in MARKS}
@@ -337,7 +337,10 @@ def timeline_alt(frames: Frames, index: int) -> str:
     frame, trace = frames[index], frames.trace
     num_preempted = sum(len(step.preempted) for step in trace.steps)
     most = max((step.num_tokens for step in trace.steps), default=0)
-    return (
-        f"{counted(len(trace.requests), 'request')} over {counted(len(trace.steps), 'step')}, with "
-        f"{counted(num_preempted, 'preemption')}; a step has up to {most} of {trace.config['max_num_batched_tokens']} tokens. {frame.title.capitalize()}: {frame.sentence}"
-    )
+    words = [
+        f"{counted(len(trace.requests), 'request')} over {counted(len(trace.steps), 'step')},",
+        f"with {counted(num_preempted, 'preemption')};",
+        f"a step has up to {most} of {trace.config['max_num_batched_tokens']} tokens.",
+        f"{frame.title.capitalize()}: {frame.sentence}",
+    ]
+    return " ".join(words)

@@ -146,7 +146,7 @@ class Frames:
     def _blocks_after(self, step_index: int) -> tuple[BlockState, ...]:
         return self.trace.blocks_at(step_index) if step_index >= 0 else self.trace.blocks_before()
 
-    # -- Making them -----------------------------------------------------------------------------------------------------
+    # -- Making them ---------------------------------------------------------------------------------------------------
 
     def _next(self) -> Frame:
         index = len(self._frames) - 1
