@@ -5,7 +5,7 @@ import random
 import tracemalloc
 from collections import Counter
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import pytest
 
@@ -262,18 +262,20 @@ def test_a_long_trace_is_small_and_quick(tmp_path):
     trace = long_trace()
     assert sum(len(step.scheduled) for step in trace.steps) > 2000 * 250
     path = tmp_path / "long.json.gz"
-    start = perf_counter()
+    start = process_time()  # not the clock on the wall: other tests run beside this one
     trace.save(path)
-    seconds = perf_counter() - start
+    seconds = process_time() - start
+    print(f"saved in {seconds:.1f} s, {path.stat().st_size / 1e6:.1f} MB")
     assert seconds < 5 and path.stat().st_size < 10e6, f"{seconds:.1f} s, {path.stat().st_size / 1e6:.1f} MB"
     loaded = Trace.load(path)
     assert loaded.steps == trace.steps
     rng = random.Random(1)
     slowest = 0.0
     for index in rng.sample(range(2000), 50):
-        start = perf_counter()
+        start = process_time()
         loaded.blocks_at(index)
-        slowest = max(slowest, perf_counter() - start)
+        slowest = max(slowest, process_time() - start)
+    print(f"slowest state {1000 * slowest:.0f} ms")
     assert slowest < 0.05, f"{1000 * slowest:.0f} ms"
 
 

@@ -17,7 +17,7 @@ import json
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -95,7 +95,7 @@ class Step:
         return sum(s.num_new_tokens for s in self.scheduled)
 
     def to_dict(self) -> dict[str, Any]:
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data = attributes(self)
         data["scheduled"] = columns(Scheduled._fields, self.scheduled)
         data["block_events"] = columns(BlockEvent._fields, self.block_events)
         data["sampled"] = columns(("id", "token"), self.sampled.items())
@@ -110,6 +110,11 @@ class Step:
             "sampled": dict(zip(*sampled)),
         }
         return cls(**data | lists)
+
+
+def attributes(record: Any) -> dict[str, Any]:
+    """A dataclass as a dict. dataclasses.asdict would copy every token id by itself, for seconds."""
+    return {f.name: getattr(record, f.name) for f in fields(record)}
 
 
 def columns(names: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> dict[str, list[Any]]:
@@ -351,15 +356,14 @@ class Trace:
 
     def to_dict(self) -> dict[str, Any]:
         """The trace as `save` writes it."""
-        for request in self.requests.values():
-            for token_id in (*request.prompt_token_ids, *request.output_token_ids):
-                self.text_of(token_id)
+        for token_id in sorted({t for r in self.requests.values() for t in (*r.prompt_token_ids, *r.output_token_ids)}):
+            self.text_of(token_id)
         return {
             "format": FORMAT,
             "version": VERSION,
             "config": self.config,
             "environment": self.environment,
-            "requests": [asdict(request) for request in self.requests.values()],
+            "requests": [attributes(request) for request in self.requests.values()],
             "token_texts": self.token_texts,
             "pool": self._keyframes[0].to_dict(),
             "steps": [step.to_dict() for step in self.steps],
