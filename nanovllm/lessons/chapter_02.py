@@ -109,7 +109,7 @@ def draw_slots(rows: Mapping[str, str]) -> Figure:
         handles = [
             Patch(facecolor=QUIET, label="holds a token"),
             Patch(facecolor=QUIET, alpha=0.3, label="reserved: a token comes later"),
-            Patch(facecolor="white", edgecolor=QUIET, hatch="xxx", label="reserved, and never used"),
+            Patch(facecolor="white", edgecolor=QUIET, hatch="xxx", label="held, and never used"),
             Patch(facecolor=EMPTY, edgecolor=QUIET, label="free"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5)
