@@ -22,7 +22,7 @@ SERVE = "import nanovllm.__main__ as m, pathlib; m.NOTEBOOKS = pathlib.Path({fol
 MINUTES = 60_000  # Playwright counts in milliseconds
 
 
-STEPPER_CELLS = ("llm = LLM(", "greedy = SamplingParams(", "small = LLM(", "stepper = Stepper(")
+STEPPER_CELLS = ("llm = LLM(", "greedy = SamplingParams(", "small = LLM(", "stepper = Stepper(", "stepper.run()")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from .chromium import ARGUMENTS, CHROMIUM, sync_api
 from .test_lab import MINUTES, address, folder, run_all  # noqa: F401  # two of them are fixtures
 
-ERRORS: list[str] = []  # what JavaScript threw, and nobody caught
+ERRORS: list[str] = []  # what JavaScript threw and nobody caught, and what the console shows as an error
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +16,7 @@ def page(address: str) -> Iterator["sync_api.Page"]:  # noqa: F811
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.on("pageerror", lambda error: ERRORS.append(str(error)))
+        page.on("console", lambda m: ERRORS.append(f"{m.text} ({m.location['url']})") if m.type == "error" else None)
         page.goto(address.replace("00_quickstart", "02_paged_attention"))
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
         run_all(page)
@@ -42,7 +43,11 @@ def test_the_cache_map_plays_the_run(page):
     sync_api.expect(sentence).to_have_text("A, B and C generate one token each.")
     slider = area.locator("input[type=range]")
     box = slider.bounding_box()
-    page.mouse.click(box["x"] + box["width"] - 2, box["y"] + box["height"] / 2)
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] / 2, middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 2, middle, steps=10)
+    page.mouse.up()
     sync_api.expect(sentence).to_contain_text("C is finished, blocks 0 and 2-4 return")
 
 
