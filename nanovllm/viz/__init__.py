@@ -1,6 +1,6 @@
 """Pictures of a running engine: as characters, as a figure, and live.
 
-from nanovllm.viz import CacheMap, Player, Stepper, Timeline, export_html
+from nanovllm.viz import CacheMap, Explorer, Player, Reading, Stepper, Timeline, export_html
 """
 
 from importlib import import_module
@@ -11,6 +11,8 @@ EXPORTS = {
     "Timeline": "timeline",
     "Player": "player",
     "Stepper": "stepper",
+    "Explorer": "explorer",
+    "Reading": "readings",
     "export_html": "export",
 }
 __all__ = list(EXPORTS)

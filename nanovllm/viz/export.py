@@ -1,10 +1,11 @@
-"""A run as one page, to put on a site or to send to a friend: same picture, no kernel, no network."""
+"""A picture as one page, to put on a site or to send to a friend: no kernel, no network."""
 
 import base64
 from html import escape
 from pathlib import Path
 
 from nanovllm.engine.trace import Trace
+from nanovllm.viz.explorer import Explorer
 from nanovllm.viz.frames import Frames
 from nanovllm.viz.live import STATIC
 from nanovllm.viz.pack import pack
@@ -23,7 +24,7 @@ body {{ margin: 24px auto; max-width: 1400px; padding: 0 16px; font: 15px/1.5 sy
 </head>
 <body>
 <main id="player"></main>
-<p><small>{about}</small></p>
+{about}
 <script type="module">
 {javascript}
 const data = Uint8Array.from(atob("{data}"), (character) => character.charCodeAt(0));
@@ -34,21 +35,31 @@ mount(document.getElementById("player"), {{ view: "{view}", index: {index}, data
 """
 
 
-def export_html(trace: Trace | Frames, path: str | Path, step: int | None = None, view: str = "Player") -> None:
-    """Write one HTML file that plays `trace`, as a `Player`, a `CacheMap` or a `Timeline`. It opens anywhere.
+def export_html(
+    shown: Trace | Frames | Explorer, path: str | Path, step: int | None = None, view: str = "Player"
+) -> None:
+    """Write one HTML file that opens anywhere: an explorer, or a run as a `Player`, a `CacheMap` or a `Timeline`.
 
-    `step` is the step to begin with; by default the one with most blocks in use.
+    `step` is the step of the run to begin with; by default the one with most blocks in use.
     """
-    frames = trace if isinstance(trace, Frames) else Frames(trace)
-    index = frames.fullest() if step is None else range(1, len(frames))[step]
-    about = ", ".join(f"{name}: {value}" for name, value in frames.trace.environment.items())
+    if isinstance(shown, Explorer):
+        view, index, data, title, about = "Explorer", shown.index, shown.data, shown.readings.title, ""
+    else:
+        frames = shown if isinstance(shown, Frames) else Frames(shown)
+        index, data, title = (
+            frames.fullest() if step is None else range(1, len(frames))[step],
+            pack(frames),
+            repr(frames.trace),
+        )
+        words = ", ".join(f"{name}: {value}" for name, value in frames.trace.environment.items())
+        about = f"<p><small>{escape(f'{title}. {words}')}</small></p>"
     page = PAGE.format(
-        title=escape(repr(frames.trace)),
+        title=escape(title),
         css=(STATIC / "widget.css").read_text(encoding="utf-8"),
         javascript=(STATIC / "widget.js").read_text(encoding="utf-8"),
-        about=escape(f"{frames.trace!r}. {about}"),
+        about=about,
         view=view,
         index=index,
-        data=base64.b64encode(pack(frames)).decode(),
+        data=base64.b64encode(data).decode(),
     )
     Path(path).write_text(page, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the live pictures have in common: one trace, one JavaScript module, three ways of being shown."""
+"""What the live pictures have in common: one JavaScript module, three ways of being shown; of most, a trace."""
 
 from pathlib import Path
 from typing import Any
@@ -15,42 +15,14 @@ from nanovllm.viz.theme import picture_bundle
 STATIC = Path(__file__).parent / "static"
 
 
-class LiveView(anywidget.AnyWidget):
-    """A picture of a trace that the reader can play: in the browser, with no kernel.
-
-    Where nothing can be played, it is a PNG, and a text; both show the step that the live picture shows first.
-
-    Args:
-        trace: the run to show, or its frames. It may still be growing: see `update`.
-        step: the step to begin with, counted from the end if negative. By default the one with most blocks in use.
-            IndexError if there is no such step.
-    """
+class Picture(anywidget.AnyWidget):
+    """Live in the browser; where nothing is live, a PNG, and a text."""
 
     _esm = STATIC / "widget.js"
     _css = STATIC / "widget.css"
     view = traitlets.Unicode().tag(sync=True)
     data = traitlets.Bytes().tag(sync=True)
-    index = traitlets.Int().tag(sync=True)  # of the frame that a new view shows
-
-    def __init__(self, trace: Trace | Frames, step: int | None = None) -> None:
-        self.frames = trace if isinstance(trace, Frames) else Frames(trace)
-        self._num_sent = len(self.frames)
-        index = self.frames.fullest() if step is None else range(1, len(self.frames))[step]
-        super().__init__(view=type(self).__name__, index=index)
-
-    def update(self) -> None:
-        """Show what the trace got since, and go to its last step. Only what is new travels to the browser."""
-        first = self._num_sent - 1  # the last frame may have changed: requests came after it
-        self._num_sent = len(self.frames)
-        self.index = self._num_sent - 1
-        self.send({"at": first, "frames": [changes(self.frames, i) for i in range(first, self._num_sent)]})
-
-    def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
-        """The whole run is packed when a new view asks for it, and at no other time."""
-        state = super().get_state(key, drop_defaults)
-        return state | {"data": pack(self.frames)} if "data" in state else state
-
-    # -- In a notebook -------------------------------------------------------------------------------------------------
+    index = traitlets.Int().tag(sync=True)  # of what a new view shows first: a frame, or a combination
 
     def text(self) -> str:
         """The picture as characters."""
@@ -71,3 +43,33 @@ class LiveView(anywidget.AnyWidget):
         live, _ = super()._repr_mimebundle_(**kwargs)  # type: ignore[misc]
         data, metadata = picture_bundle(self.figure(), self.text(), self.alt(), widget=self.view)
         return live | data, metadata
+
+
+class LiveView(Picture):
+    """A picture of a trace that the reader can play: in the browser, with no kernel.
+
+    Where nothing can be played, it is a PNG, and a text; both show the step that the live picture shows first.
+
+    Args:
+        trace: the run to show, or its frames. It may still be growing: see `update`.
+        step: the step to begin with, counted from the end if negative. By default the one with most blocks in use.
+            IndexError if there is no such step.
+    """
+
+    def __init__(self, trace: Trace | Frames, step: int | None = None) -> None:
+        self.frames = trace if isinstance(trace, Frames) else Frames(trace)
+        self._num_sent = len(self.frames)
+        index = self.frames.fullest() if step is None else range(1, len(self.frames))[step]
+        super().__init__(view=type(self).__name__, index=index)
+
+    def update(self) -> None:
+        """Show what the trace got since, and go to its last step. Only what is new travels to the browser."""
+        first = self._num_sent - 1  # the last frame may have changed: requests came after it
+        self._num_sent = len(self.frames)
+        self.index = self._num_sent - 1
+        self.send({"at": first, "frames": [changes(self.frames, i) for i in range(first, self._num_sent)]})
+
+    def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
+        """The whole run is packed when a new view asks for it, and at no other time."""
+        state = super().get_state(key, drop_defaults)
+        return state | {"data": pack(self.frames)} if "data" in state else state

@@ -5,6 +5,7 @@ hatching always says the same as the colour.
 """
 
 import base64
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
+MUTED = ("#4a6d8f", "#d1b06b", "#6f9a80", "#94596e", "#a9b9c9", "#8a6a45", "#c9c29a", "#707070")  # not of requests
 INK = "#222222"
 QUIET = "#6b6b6b"
 EMPTY = "#f2f2f2"
@@ -48,6 +50,18 @@ def colour(name: str) -> str:
 def hatch(name: str) -> str:
     """The hatching that goes with it."""
     return HATCHES[(ord(name[0]) - ord("A")) % len(HATCHES)]
+
+
+def looks(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and hatching for each label: those of the request, if it is a letter; else muted ones, in order."""
+    things = [label for label in labels if not is_letter(label)]
+    muted = {label: (MUTED[i % len(MUTED)], HATCHES[i % len(HATCHES)]) for i, label in enumerate(things)}
+    return {label: muted.get(label) or (colour(label), hatch(label)) for label in labels}
+
+
+def is_letter(label: str) -> bool:
+    """Whether a label is the name of a request."""
+    return len(label) == 1 and "A" <= label <= "Z"
 
 
 def ink_on(background: str) -> str:

@@ -1,7 +1,9 @@
-// The live pictures: a cache map and a timeline of a recorded run, drawn on canvas, moved by one slider.
+// The live pictures: a cache map and a timeline of a recorded run, drawn on canvas, moved by one slider; and bars that
+// follow the choice of a few controls.
 //
 // pack.py sends what each frame changes in the one before; `Recording` builds the frames anew. A part (`CacheMap`,
 // `Requests`, `Timeline`) draws one frame on one canvas. `Player` holds the slider, the keys and the parts.
+// explorer.py sends the bars of every combination; `Explorer` shows one of them.
 // In a notebook anywidget calls the default export; an exported page calls `mount`.
 
 const LETTERS = "system-ui, sans-serif";
@@ -15,12 +17,7 @@ const SPEEDS = [1, 2, 5, 10, 30]; // steps a second
 // -- The frames -------------------------------------------------------------------------------------------------------
 
 class Recording {
-  /** @param {Uint8Array} bytes what `pack` made. */
-  static async unpack(bytes) {
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-    return new Recording(await new Response(stream).json());
-  }
-
+  /** What `pack` made. */
   constructor({ num_blocks, block_size, budget, colours, frames }) {
     this.numBlocks = num_blocks;
     this.blockSize = block_size;
@@ -1105,25 +1102,168 @@ class Player {
   }
 }
 
-/** Show a packed run in `element`. @returns {Promise<Player>} */
+// -- The explorer: controls, bars, a sentence -------------------------------------------------------------------------
+
+class Explorer {
+  /** `data` is what `pack_readings` made, `index` the number of the combination to begin with. */
+  constructor(element, data, { index }) {
+    this.data = data;
+    this.places = []; // of the chosen value of each control
+    for (const { values } of [...data.controls].reverse()) {
+      this.places.unshift(index % values.length);
+      index = Math.floor(index / values.length);
+    }
+    this.build(element);
+    this.draw();
+  }
+
+  build(element) {
+    const { title, controls, combinations } = this.data;
+    this.controls = controls.map((control, i) => this.buildControl(control, i));
+    this.sentence = make("div", { role: "status", "aria-live": "polite" });
+    const longest = combinations.reduce((a, b) => (a.sentence.length < b.sentence.length ? b : a)).sentence;
+    const room = make("div", { class: "nanovllm-room", "aria-hidden": "true" }, longest); // so that the bars stay in place
+    this.root = make(
+      "div", { class: "nanovllm nanovllm-explorer", role: "group", "aria-label": title },
+      make("div", { class: "nanovllm-title" }, title),
+      make("div", { class: "nanovllm-choices" }, ...this.controls.map(({ element }) => element)),
+      make("div", { class: "nanovllm-sentence nanovllm-stack" }, this.sentence, room),
+      this.buildChart(),
+      this.buildLegend(),
+    );
+    this.root.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves keys pressed in here alone
+    this.root.nanovllm = this; // for tests, and for the curious
+    this.root.addEventListener("keydown", (event) => event.stopPropagation());
+    element.append(this.root);
+  }
+
+  buildControl({ name, values, slides }, i) {
+    const input = slides
+      ? make("input", { type: "range", min: 0, max: values.length - 1, step: 1, "aria-label": name })
+      : make("select", { "aria-label": name }, ...values.map((value, k) => make("option", { value: k }, value)));
+    const shown = make("output", {});
+    input.addEventListener("input", () => this.choose(i, Number(input.value)));
+    const head = make("span", {}, make("span", { class: "nanovllm-name" }, name), slides ? shown : "");
+    return { input, shown, element: make("label", { class: "nanovllm-choice" }, head, input) };
+  }
+
+  /** A grid: the names of the rows, and beside them the bars; the axis below; the limits over all of it. */
+  buildChart() {
+    const { rows, ticks, unit, limits, room } = this.data;
+    const at = (share) => `left: ${100 * share}%`;
+    this.bars = rows.map(() => make("div", { class: "nanovllm-bar" }));
+    const names = rows.map(({ label, look }) => {
+      const style = look ? `color: ${look[1]}; background: ${look[0]}` : "";
+      return make("div", { class: look ? "nanovllm-row nanovllm-badge" : "nanovllm-row", style }, label);
+    });
+    const lines = ticks.map(([share]) => make("i", { style: at(share) }));
+    const flags = limits.map(([share, words, lane]) =>
+      make("div", { class: "nanovllm-limit", style: `${at(share)}; --lane: ${lane}` }, make("span", {}, words)));
+    const numbers = ticks.map(([share, text]) => make("span", { style: at(share) }, text));
+    const numLanes = Math.max(0, ...limits.map(([, , lane]) => lane + 1));
+    const style = `--rows: ${rows.length}; --lanes: ${numLanes}; --room: ${room}ch`;
+    this.chart = make(
+      "div", { class: "nanovllm-chart", role: "img", style },
+      ...rows.flatMap((_, i) => [names[i], this.bars[i]]),
+      make("div", { class: "nanovllm-lines" }, ...lines, ...flags),
+      make("div", { class: "nanovllm-axis" }, ...numbers, make("b", {}, unit)),
+    );
+    return this.chart;
+  }
+
+  buildLegend() {
+    const { segments, legend } = this.data;
+    const items = segments.map(({ label, look, hatch }) =>
+      make("span", {}, make("i", { class: `nanovllm-hatch-${hatch}`, style: dyed(look) }), label));
+    return make("div", { class: "nanovllm-legend nanovllm-swatches" }, ...(legend ? items : []));
+  }
+
+  choose(i, place) {
+    this.places[i] = place;
+    this.draw();
+  }
+
+  /** The number of the chosen combination: the last control changes fastest. */
+  get index() {
+    return this.data.controls.reduce((index, { values }, i) => index * values.length + this.places[i], 0);
+  }
+
+  draw() {
+    const { controls, combinations, segments } = this.data;
+    const { sentence, bars, alt } = combinations[this.index];
+    this.controls.forEach(({ input, shown }, i) => {
+      const value = controls[i].values[this.places[i]];
+      input.value = String(this.places[i]);
+      shown.textContent = value;
+      if (controls[i].slides) input.setAttribute("aria-valuetext", value);
+    });
+    this.sentence.textContent = sentence;
+    this.chart.setAttribute("aria-label", alt);
+    bars.forEach(([, parts, total, over], i) => {
+      const drawn = parts.map(([label, start, end, number]) => {
+        const { look, hatch } = segments.find((segment) => segment.label === label);
+        const style = `${dyed(look)}; left: ${100 * start}%; width: ${100 * (end - start)}%`;
+        const text = make("span", {}, number === total ? "" : number); // too wide, it breaks into a line that is cut off
+        return make("div", { class: `nanovllm-segment nanovllm-hatch-${hatch}`, style, title: `${label}: ${number}` }, "\u200b", text);
+      });
+      const end = Math.max(0, ...parts.map(([, , end]) => end));
+      const text = over ? `▸ ${total} = ${over}` : total;
+      const words = make("span", { class: "nanovllm-number", style: `left: ${100 * end}%` }, text);
+      this.bars[i].classList.toggle("nanovllm-over", Boolean(over));
+      this.bars[i].replaceChildren(...drawn, words);
+    });
+    this.root.dataset.index = String(this.index);
+  }
+
+  remove() {
+    this.root.remove();
+  }
+}
+
+function dyed([background, ink]) {
+  return `background-color: ${background}; color: ${ink}`;
+}
+
+/** An element with these attributes and children. */
+function make(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+// -- Into the page ----------------------------------------------------------------------------------------------------
+
+/** What a view shows: a recording, or an explorer's combinations. `bytes` came from Python, packed. */
+async function unpack(bytes, view) {
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const data = await new Response(stream).json();
+  return view === "Explorer" ? data : new Recording(data);
+}
+
+function showIn(element, shown, { view, index }) {
+  return view === "Explorer" ? new Explorer(element, shown, { index }) : new Player(element, shown, { view, index });
+}
+
+/** Show a packed run, or a packed explorer, in `element`. @returns {Promise<Player | Explorer>} */
 export async function mount(element, { data, view, index }) {
-  return new Player(element, await Recording.unpack(data), { view, index });
+  return showIn(element, await unpack(data, view), { view, index });
 }
 
 /** In a notebook: one recording, as many views of it as there are, and messages with new frames. */
 export default function () {
   const players = new Set();
   let ready; // the recording; messages wait for it, one after the other
-  const bytes = (model) => {
+  const read = (model) => {
     const data = model.get("data");
-    return new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+    return unpack(new Uint8Array(data.buffer, data.byteOffset, data.byteLength), model.get("view"));
   };
   const show = (recording, index) => players.forEach((player) => player.show(recording, index));
   return {
     initialize({ model }) {
-      ready = Recording.unpack(bytes(model));
+      ready = read(model);
       model.on("change:data", () => {
-        ready = Recording.unpack(bytes(model));
+        ready = read(model);
         ready.then((recording) => show(recording, model.get("index")));
       });
       model.on("msg:custom", (message) => {
@@ -1135,7 +1275,7 @@ export default function () {
       });
     },
     async render({ model, el }) {
-      const player = new Player(el, await ready, { view: model.get("view"), index: model.get("index") });
+      const player = showIn(el, await ready, { view: model.get("view"), index: model.get("index") });
       players.add(player);
       return () => {
         players.delete(player);
