@@ -83,5 +83,10 @@ def navigation(name: str) -> str:
     return " · ".join(parts)
 
 
-GENERATED = {"series": lambda name: series_table(), "navigation": navigation}
+def series_cell(name: str) -> str:
+    """The map of the series, and where its words are explained."""
+    return f"{series_table()}\n\nThe words of all chapters are explained in the [glossary](../docs/glossary.md)."
+
+
+GENERATED = {"series": series_cell, "navigation": navigation}
 """Ids of the cells that are generated, and how."""
