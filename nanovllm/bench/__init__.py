@@ -35,11 +35,9 @@ class Size:
     profiled: tuple[tuple[int, int], ...] = ((1, 64), (32, 64), (1, 1024), (16, 1024))  # batch size, tokens of context
     step_rounds: int = 20
     num_requests: int = 48
-    num_requests_bfloat16: int = 16  # without arithmetic for it, as most CPUs are, transformers takes minutes
     prompt_lens: tuple[int, int] = (16, 256)
     output_lens: tuple[int, int] = (16, 128)
     num_sharing: int = 40
-    num_sharing_bfloat16: int = 16
     prefix_len: int = 512
     static_batch_size: int = 16
     serving_rounds: int = 2

@@ -169,17 +169,14 @@ def measure_serving(report: Report, path: Path, load_format: str, dtype: str, si
         "generate_batch": peer_settings | {"attention": peer.config._attn_implementation},
     }
 
-    is_slow = dtype == "bfloat16"
-    num_requests = size.num_requests_bfloat16 if is_slow else size.num_requests
-    num_sharing = size.num_sharing_bfloat16 if is_slow else size.num_sharing
-    work = Workload.make(num_requests, 0, llm.engine.vocab_size, size)
+    work = Workload.make(size.num_requests, 0, llm.engine.vocab_size, size)
     sides = {"nanovllm": engine, "generate": generate, "generate_batch": generate_batch}
-    name = f"{num_requests} requests"
+    name = f"{size.num_requests} requests"
     compare(report, name, dtype, sides, work, {"generate": 2.5, "generate_batch": 4.0}, settings, size.serving_rounds)
 
-    work = Workload.make(num_sharing, size.prefix_len, llm.engine.vocab_size, size)
+    work = Workload.make(size.num_sharing, size.prefix_len, llm.engine.vocab_size, size)
     sides = {"nanovllm": engine, "generate": generate}
-    name = f"{num_sharing} requests that share {size.prefix_len} tokens"
+    name = f"{size.num_sharing} requests that share {size.prefix_len} tokens"
     compare(report, name, dtype, sides, work, {"generate": 4.0}, settings, size.serving_rounds)
     llm.close()
 
