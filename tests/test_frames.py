@@ -11,7 +11,8 @@ from nanovllm.config import Config
 from nanovllm.engine.recorder import Recorder
 from nanovllm.engine.trace import BlockEvent, BlockState, Pool, Scheduled, Step, Trace, TracedRequest
 from nanovllm.viz.figures import cache_map_alt, cache_map_figure, timeline_alt, timeline_figure
-from nanovllm.viz.frames import Frames, listed, numbered
+from nanovllm.viz.frames import Frames
+from nanovllm.viz.sentences import listed, numbered
 from nanovllm.viz.text import cache_map_text, timeline_text
 from nanovllm.viz.theme import png
 
@@ -297,7 +298,7 @@ def test_the_digest_changes_when_a_block_event_does():
 
 def test_there_is_no_frame_beyond_the_last():
     frames = Frames(sharing().trace)
-    assert len(frames) == 3 and frames[-1] == frames[2] and frames.fullest() == 1
+    assert len(frames) == 3 and frames[-1] == frames[2] and frames.index_of(None) == 1
     with pytest.raises(IndexError, match="there is no frame 3: the trace has 2 steps"):
         frames[3]
 

@@ -123,7 +123,7 @@ def test_three_forms_of_one_picture(small, name):
 
 
 def test_which_step_is_shown(small):
-    assert viz.CacheMap(small.trace).index == Frames(small.trace).fullest()
+    assert viz.CacheMap(small.trace).index == Frames(small.trace).index_of(None)
     assert viz.CacheMap(small.trace, step=0).index == 1
     assert viz.CacheMap(small.trace, step=-1).index == len(small.trace.steps)
     with pytest.raises(IndexError):

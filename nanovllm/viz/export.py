@@ -46,11 +46,7 @@ def export_html(
         view, index, data, title, about = "Explorer", shown.index, shown.data, shown.readings.title, ""
     else:
         frames = shown if isinstance(shown, Frames) else Frames(shown)
-        index, data, title = (
-            frames.fullest() if step is None else range(1, len(frames))[step],
-            pack(frames),
-            repr(frames.trace),
-        )
+        index, data, title = frames.index_of(step), pack(frames), repr(frames.trace)
         words = ", ".join(f"{name}: {value}" for name, value in frames.trace.environment.items())
         about = f"<p><small>{escape(f'{title}. {words}')}</small></p>"
     page = PAGE.format(

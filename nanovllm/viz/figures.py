@@ -19,7 +19,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from nanovllm.engine.trace import BlockState
-from nanovllm.viz.frames import Frame, Frames, RequestFrame, counted, numbered
+from nanovllm.viz.frames import Frame, Frames, RequestFrame
+from nanovllm.viz.sentences import counted, numbered
 from nanovllm.viz.text import place, shown_requests
 from nanovllm.viz.theme import EMPTY, INK, QUIET, colour, hatch, ink_on, new_figure, styled
 

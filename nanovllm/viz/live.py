@@ -59,8 +59,7 @@ class LiveView(Picture):
     def __init__(self, trace: Trace | Frames, step: int | None = None) -> None:
         self.frames = trace if isinstance(trace, Frames) else Frames(trace)
         self._num_sent = len(self.frames)
-        index = self.frames.fullest() if step is None else range(1, len(self.frames))[step]
-        super().__init__(view=type(self).__name__, index=index)
+        super().__init__(view=type(self).__name__, index=self.frames.index_of(step))
 
     def update(self) -> None:
         """Show what the trace got since, and go to its last step. Only what is new travels to the browser."""

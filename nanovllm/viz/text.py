@@ -7,7 +7,8 @@ Both end with a digest of the whole run, so that no difference escapes, though a
 """
 
 from nanovllm.engine.trace import BlockState
-from nanovllm.viz.frames import Frame, Frames, RequestFrame, counted
+from nanovllm.viz.frames import Frame, Frames, RequestFrame
+from nanovllm.viz.sentences import counted
 
 MAX_BLOCK_LINES = 16  # a pool of up to so many blocks has a line for each
 MAX_BLOCKS = 64  # up to so many have a word for each; above, a character stands for several
