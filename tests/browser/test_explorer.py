@@ -52,6 +52,17 @@ def test_it_begins_where_python_begins(show, explorer):
     sync_api.expect(page.get_by_role("slider", name="context")).to_have_attribute("aria-valuetext", "4,096")
 
 
+def test_every_bar_stands_beside_its_name(show, explorer):
+    page = show(explorer)
+
+    def tops(kind):
+        boxes = [element.bounding_box() for element in page.locator(kind).all()]
+        return [box["y"] + box["height"] / 2 for box in boxes]
+
+    names, bars = tops(".nanovllm-row"), tops(".nanovllm-bar")
+    assert names == pytest.approx(bars, abs=2) and bars == sorted(bars) and bars[1] - bars[0] == pytest.approx(34)
+
+
 def test_every_combination(show, explorer):
     page = show(explorer)
     for choice in explorer.readings.combinations:

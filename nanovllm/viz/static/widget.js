@@ -1160,6 +1160,8 @@ class Explorer {
     const flags = limits.map(([share, words, lane]) =>
       make("div", { class: "nanovllm-limit", style: `${at(share)}; --lane: ${lane}` }, make("span", {}, words)));
     const numbers = ticks.map(([share, text]) => make("span", { style: at(share) }, text));
+    // A row of the grid each: the lines lie over all of them, and placed by itself a bar would evade them.
+    [names, this.bars].forEach((column) => column.forEach((element, i) => { element.style.gridRow = i + 2; }));
     const numLanes = Math.max(0, ...limits.map(([, , lane]) => lane + 1));
     const style = `--rows: ${rows.length}; --lanes: ${numLanes}; --room: ${room}ch`;
     this.chart = make(
