@@ -217,6 +217,16 @@ def test_a_salt_keeps_caches_apart():
     assert hits(blocks, "aaaa bbbb +", salt="another") == []
 
 
+def test_salts_keep_tenants_apart_although_every_hash_collides(monkeypatch):
+    monkeypatch.setattr(block_manager, "hash_block", lambda parent_hash, token_ids: 7)
+    blocks = BlockManager(8, 4)
+    salts = ["red", "blue", None, "red"]
+    for block, salt in enumerate(salts):
+        compute(blocks, make_sequence("aaaa", salt=salt))
+        found = [hits(blocks, "aaaa +", salt=other) for other in salts]
+        assert found == [[block] if other == salt else [] for other in salts]
+
+
 def test_a_salt_that_looks_like_a_hash_or_a_serial_number_finds_nothing():
     blocks = BlockManager(8, 4)
     compute(blocks, make_sequence("aaaa bbbb"))
