@@ -8,6 +8,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.lessons.chapter_02 import draw_memory
+from nanovllm.lessons.chapter_03 import draw_shared
 from nanovllm.lessons.chapter_04 import draw_batching
 from nanovllm.lessons.example import PROMPTS
 from nanovllm.viz.theme import EMPTY, INK, QUIET, colour, hatch, ink_on, new_figure, png, styled
@@ -21,6 +22,7 @@ def draw_all(folder: Path) -> None:
     (folder / "00_together.png").write_bytes(png(draw_timelines(*record_timelines())))
     (folder / "00_map.png").write_bytes(png(draw_map()))
     (folder / "02_memory.png").write_bytes(png(draw_memory()))
+    (folder / "03_shared.png").write_bytes(png(draw_shared()))
     (folder / "04_slots.png").write_bytes(png(draw_batching()))
 
 
