@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.lessons.chapter_01 import draw_heads, draw_work
 from nanovllm.lessons.chapter_02 import draw_memory
 from nanovllm.lessons.chapter_03 import draw_shared
 from nanovllm.lessons.chapter_04 import draw_batching
@@ -21,6 +22,8 @@ def draw_all(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "00_together.png").write_bytes(png(draw_timelines(*record_timelines())))
     (folder / "00_map.png").write_bytes(png(draw_map()))
+    (folder / "01_work.png").write_bytes(png(draw_work()))
+    (folder / "01_heads.png").write_bytes(png(draw_heads()))
     (folder / "02_memory.png").write_bytes(png(draw_memory()))
     (folder / "03_shared.png").write_bytes(png(draw_shared()))
     (folder / "04_slots.png").write_bytes(png(draw_batching()))

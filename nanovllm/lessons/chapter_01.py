@@ -12,7 +12,7 @@ from matplotlib.patches import Patch, Rectangle
 from nanovllm import LLM, SamplingParams
 from nanovllm.lessons.checks import attempted, exercise
 from nanovllm.lessons.example import PROMPTS
-from nanovllm.viz.theme import INK, colour, hatch, new_figure, styled
+from nanovllm.viz.theme import EMPTY, HATCHES, INK, MUTED, QUIET, colour, hatch, new_figure, styled
 
 # -- The opening picture -----------------------------------------------------------------------------------------------
 
@@ -23,7 +23,9 @@ def record_work(num_steps: int = 12) -> tuple[list[str], list[int], list[int]]:
     Returns the tokens as text, and how many of them each step computes, without and with what was kept.
     """
     llm = LLM(dtype="float32", num_kv_blocks=8, enable_prefix_caching=False)
-    prompt = llm.engine.tokenizer.encode(PROMPTS["D"])
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
+    prompt = tokenizer.encode(PROMPTS["D"])
     token_ids = list(prompt)
     with llm.trace() as without:
         for _ in range(num_steps):
@@ -34,7 +36,7 @@ def record_work(num_steps: int = 12) -> tuple[list[str], list[int], list[int]]:
         params = SamplingParams(temperature=0, max_tokens=num_steps, ignore_eos=True)
         (answer,) = llm.generate([prompt], params, use_tqdm=False)
     assert prompt + answer["token_ids"] == token_ids
-    texts = [llm.engine.tokenizer.decode([token_id]) for token_id in token_ids]
+    texts = [str(tokenizer.decode([token_id])) for token_id in token_ids]
     llm.close()
     return (
         texts,
@@ -49,9 +51,7 @@ def draw_work() -> Figure:
     figure = new_figure(9, 4.3)
     with styled():
         axes = figure.subplots(1, 2)
-        for ax, title, computed in zip(
-            axes, ("Without a cache", "With a KV cache"), (without, with_cache)
-        ):
+        for ax, title, computed in zip(axes, ("Without a cache", "With a KV cache"), (without, with_cache)):
             draw_steps(ax, texts, computed, context_lens=without)
             ax.set_title(f"{title}: {sum(computed)} tokens computed")
         handles = [
@@ -71,16 +71,12 @@ def draw_work() -> Figure:
     return figure
 
 
-def draw_steps(
-    ax: Axes, texts: list[str], computed: list[int], context_lens: list[int]
-) -> None:
+def draw_steps(ax: Axes, texts: list[str], computed: list[int], context_lens: list[int]) -> None:
     """Step after step, the last `computed` tokens of the context as full boxes and those before as pale ones."""
     for row, (num_computed, context_len) in enumerate(zip(computed, context_lens)):
         for column in range(context_len):
             new = column >= context_len - num_computed
-            box: dict[str, Any] = dict(
-                facecolor=colour("D"), edgecolor="white", linewidth=0.8
-            )
+            box: dict[str, Any] = dict(facecolor=colour("D"), edgecolor="white", linewidth=0.8)
             box |= dict(hatch=hatch("D")) if new else dict(alpha=0.25)
             ax.add_patch(Rectangle((column, row), 1, 1, **box))
         ax.text(
@@ -111,35 +107,56 @@ def draw_steps(
         ax.spines[side].set_visible(False)
 
 
+# -- Heads that share ---------------------------------------------------------------------------------------------------
+
+
+def draw_heads() -> Figure:
+    """The default model's 9 query heads over 9, 3 and 1 KV heads, and what each way keeps of a token."""
+    figure = new_figure(9, 2.1)
+    with styled():
+        for ax, (name, num_kv_heads) in zip(
+            figure.subplots(1, 3), {"multi-head": 9, "grouped-query": 3, "multi-query": 1}.items()
+        ):
+            draw_sharing(ax, 9, num_kv_heads)
+            ax.set_title(f"{name}: {num_kv_heads} KV head{'s' * (num_kv_heads > 1)}")
+            ax.text(4, -0.75, f"{2 * 30 * num_kv_heads * 64 * 4:,} bytes a token", ha="center", va="center")
+    return figure
+
+
+def draw_sharing(ax: Axes, num_heads: int, num_kv_heads: int) -> None:
+    """Query heads in the upper row, KV heads in the lower one, and a line from each to the one that it reads."""
+    sharing = num_heads // num_kv_heads
+    for head in range(num_heads):
+        kv_head = head // sharing
+        middle = kv_head * sharing + (sharing - 1) / 2
+        ax.plot([head, middle], [1, 0], color=QUIET, linewidth=1, zorder=0)
+        ax.add_patch(Rectangle((head - 0.32, 0.78), 0.64, 0.44, facecolor=EMPTY, edgecolor=INK, linewidth=0.8))
+        ax.text(head, 1, "Q", ha="center", va="center", fontsize=8)
+        if head == kv_head * sharing:
+            box = dict(facecolor=MUTED[1], hatch=HATCHES[1], edgecolor="white")
+            ax.add_patch(Rectangle((middle - 0.42, -0.25), 0.84, 0.5, **box))  # type: ignore[arg-type]
+            label = dict(boxstyle="round,pad=0.1", facecolor=MUTED[1], edgecolor="none")
+            ax.text(middle, 0, "KV", ha="center", va="center", fontsize=8, bbox=label)
+    ax.set(xlim=(-0.6, num_heads - 0.4), ylim=(-1.0, 1.35))
+    ax.axis("off")
+
+
 # -- Times at growing context ------------------------------------------------------------------------------------------
 
 
-def draw_times(
-    contexts: list[int], without: list[float], with_cache: list[float]
-) -> Figure:
+def draw_times(without: dict[int, float], with_cache: dict[int, float]) -> Figure:
     """Milliseconds of one step over the context, on one scale and, for the lower curve, on its own."""
     figure = new_figure(9, 2.9)
     with styled():
         left, right = figure.subplots(1, 2)
-        left.plot(
-            contexts,
-            [1000 * s for s in without],
-            "o-",
-            color="#D55E00",
-            label="without a cache",
-        )
+        left.plot(list(without), [1000 * s for s in without.values()], "o-", color="#D55E00", label="without a cache")
         for ax in (left, right):
-            ax.plot(
-                contexts,
-                [1000 * s for s in with_cache],
-                "s--",
-                color="#0072B2",
-                label="with a KV cache",
-            )
-            ax.set(xlabel="context, tokens", ylabel="milliseconds a step")
-        right.set_ylim(0, 3000 * max(with_cache))
-        left.set_title("Both")
-        right.set_title("The lower curve alone")
+            milliseconds = [1000 * s for s in with_cache.values()]
+            ax.plot(list(with_cache), milliseconds, "s--", color="#0072B2", label="with a KV cache")
+            ax.set(xlabel="context, tokens", ylabel="milliseconds")
+        right.set_ylim(0, 1500 * max(with_cache.values()))
+        left.set_title("one step, both ways")
+        right.set_title("the lower curve alone")
         left.legend()
     return figure
 
@@ -167,9 +184,7 @@ class TinyDecoder:
         self.projections = random_matrix(self.NUM_LAYERS, 3, size, size) / size**0.5
         self.num_calls = 0
 
-    def forward(
-        self, token_ids: list[int], cache: dict[int, tuple[torch.Tensor, torch.Tensor]]
-    ) -> torch.Tensor:
+    def forward(self, token_ids: list[int], cache: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """Adds the new tokens to the cache; returns `[len(token_ids), VOCAB]`: what would follow each of them."""
         self.num_calls += 1
         start = len(cache[0][0]) if cache else 0
@@ -177,20 +192,12 @@ class TinyDecoder:
         ahead = torch.ones(num_new, context_len, dtype=torch.bool).triu(start + 1)
         x = self.embedding[token_ids] + self.places[start:context_len]
         for i in range(self.NUM_LAYERS):
-            query, key, value = (
-                (x @ w).unflatten(1, (-1, self.HEAD_DIM)) for w in self.projections[i]
-            )
+            query, key, value = ((x @ w).unflatten(1, (-1, self.HEAD_DIM)) for w in self.projections[i])
             if i in cache:
-                key, value = torch.cat([cache[i][0], key]), torch.cat(
-                    [cache[i][1], value]
-                )
+                key, value = torch.cat([cache[i][0], key]), torch.cat([cache[i][1], value])
             cache[i] = key, value
-            scores = torch.einsum("qhd,khd->hqk", query, key).masked_fill(
-                ahead, -torch.inf
-            )
-            x = x + torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value).flatten(
-                1
-            )
+            scores = torch.einsum("qhd,khd->hqk", query, key).masked_fill(ahead, -torch.inf)
+            x = x + torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value).flatten(1)
         return x @ self.embedding.T
 
 
@@ -198,9 +205,7 @@ class TinyDecoder:
 
 
 @exercise(1, "No engine is faster than this, however good its kernels are.")
-def check_tokens_per_second(
-    answer: Callable[..., Any], random: random.Random
-) -> Iterator[str]:
+def check_tokens_per_second(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
     cases = [
         ("Llama-3-8B on an H100", 3.35e12, 16.06e9, 131_072, 1024, 1),
         ("the same with a batch of 64", 3.35e12, 16.06e9, 131_072, 1024, 64),
@@ -229,9 +234,7 @@ def check_tokens_per_second(
     ) in cases:
         cache_bytes = batch_size * context_len * bytes_per_token
         right = batch_size * bandwidth / (weight_bytes + cache_bytes)
-        got = attempted(
-            answer(bandwidth, weight_bytes, bytes_per_token, context_len, batch_size)
-        )
+        got = attempted(answer(bandwidth, weight_bytes, bytes_per_token, context_len, batch_size))
         if abs(got - right) <= 1e-6 * right:
             continue
         said = f"for {name} the limit is {right:,.1f} tokens a second, and you return {got:,.1f}."
@@ -239,10 +242,7 @@ def check_tokens_per_second(
             said += f" That is the number of steps. Each makes a token for every one of {batch_size} sequences."
         elif abs(got - batch_size * bandwidth / weight_bytes) <= 1e-6 * got:
             said += " A step reads the weights, and also the keys and values of every sequence."
-        elif (
-            abs(got - bandwidth / (weight_bytes + cache_bytes / batch_size))
-            <= 1e-6 * got
-        ):
+        elif abs(got - bandwidth / (weight_bytes + cache_bytes / batch_size)) <= 1e-6 * got:
             said += " The weights are read once a step, for all sequences together."
         yield said
 
@@ -251,14 +251,10 @@ def check_tokens_per_second(
 def check_slide(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
     for window in (4, 1, random.randint(2, 9)):
         generator = torch.Generator().manual_seed(random.randrange(1000))
-        keys, values, queries = torch.randn(
-            3, 3 * window + 2, 2, 8, generator=generator
-        )
+        keys, values, queries = torch.randn(3, 3 * window + 2, 2, 8, generator=generator)
         key, value = keys[:0], values[:0]
         for n in range(1, len(keys) + 1):
-            returned = attempted(
-                answer(key, value, keys[n - 1 : n], values[n - 1 : n], window)
-            )
+            returned = attempted(answer(key, value, keys[n - 1 : n], values[n - 1 : n], window))
             if not (isinstance(returned, tuple) and len(returned) == 2):
                 yield "return two tensors: the keys, and the values."
             key, value = returned
@@ -277,17 +273,13 @@ def check_slide(answer: Callable[..., Any], random: random.Random) -> Iterator[s
                 yield f"{case} attention over what you keep is not attention over the last {right} tokens, in order."
 
 
-def attend_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> torch.Tensor:
+def attend_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attention of one query, `[num_heads, head_dim]`, to all keys."""
     weights = torch.einsum("hd,khd->hk", query, key).softmax(dim=-1)
     return torch.einsum("hk,khd->hd", weights, value)
 
 
-def windowed(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, n: int, window: int
-) -> torch.Tensor:
+def windowed(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, n: int, window: int) -> torch.Tensor:
     """Token number `n` computed from nothing: all scores, those outside of the window hidden."""
     scores = torch.einsum("hd,khd->hk", queries[n - 1], keys)
     places = torch.arange(len(keys))
@@ -299,9 +291,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-5)
 
 
-@exercise(
-    3, "68 bytes where there were 256, and every number is off by at most half a step."
-)
+@exercise(3, "68 bytes where there were 256, and every number is off by at most half a step.")
 def check_pack(answer: Any, random: random.Random) -> Iterator[str]:
     pack, unpack = answer
     for num_tokens in (1, random.randint(2, 20)):
@@ -343,17 +333,12 @@ def check_verify(answer: Callable[..., Any], random: random.Random) -> Iterator[
         n = len(prompt)  # how many tokens are certain; the cache holds one less
         while n < len(text) - 4:
             num_right, num_guesses = random.randint(0, 4), random.randint(1, 4)
-            guesses = [
-                t if i < num_right else (t + 1) % 50
-                for i, t in enumerate(text[n : n + num_guesses])
-            ]
+            guesses = [t if i < num_right else (t + 1) % 50 for i, t in enumerate(text[n : n + num_guesses])]
             right = text[n : n + min(num_right, num_guesses) + 1]
             calls = model.num_calls
             got = attempted(answer(model.forward, cache, text[n - 1], list(guesses)))
             case = f"the guesses are {guesses}, the model itself would say {text[n : n + num_guesses + 1]}."
-            yield from complaints_about_verify(
-                got, right, case, model.num_calls - calls
-            )
+            yield from complaints_about_verify(got, right, case, model.num_calls - calls)
             n += len(right)
             yield from complaints_about_cache(model, cache, text, n - 1, case)
 
@@ -366,9 +351,7 @@ def continued(model: TinyDecoder, token_ids: list[int], num_tokens: int) -> list
     return token_ids
 
 
-def complaints_about_verify(
-    got: Any, right: list[int], case: str, num_calls: int
-) -> Iterator[str]:
+def complaints_about_verify(got: Any, right: list[int], case: str, num_calls: int) -> Iterator[str]:
     if list(got) == right[:-1]:
         yield f"{case} You return {list(got)}; after the right guesses comes one more token, which the model chose itself."
     elif list(got) != right:

@@ -1,4 +1,6 @@
-"""What chapter 01 shares: the opening picture, the tiny decoder, the exercise checks on wrong answers."""
+"""What chapter 01 shares: its pictures, the tiny decoder, the exercise checks on wrong answers; figures in its text."""
+
+import re
 
 import pytest
 import torch
@@ -6,17 +8,20 @@ import torch
 from nanovllm.lessons.chapter_01 import (
     TinyDecoder,
     continued,
+    draw_heads,
+    draw_sharing,
     draw_steps,
+    draw_times,
     record_work,
     windowed,
 )
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.viz.theme import new_figure
-from tests.test_notebooks import verdict
+from tests.test_notebooks import read, verdict
 
 CHAPTER = NOTEBOOKS / "01_kv_cache.ipynb"
 
-# -- The opening picture -----------------------------------------------------------------------------------------------
+# -- Pictures ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_opening_picture_shows_what_the_engine_computes():
@@ -39,26 +44,79 @@ def test_a_step_has_a_box_for_each_token():
     ]
 
 
+def test_heads_that_share_meet_in_one():
+    ax = new_figure(4, 3).subplots()
+    draw_sharing(ax, 9, 3)
+    assert [line.get_xdata()[1] for line in ax.lines] == [1, 1, 1, 4, 4, 4, 7, 7, 7]
+    written = [[text.get_text() for text in ax.texts] for ax in draw_heads().axes]
+    assert [texts.count("KV") for texts in written] == [9, 3, 1]
+    assert [texts[-1] for texts in written] == ["138,240 bytes a token", "46,080 bytes a token", "15,360 bytes a token"]
+
+
+def test_times_are_drawn_in_milliseconds():
+    left, right = draw_times({16: 0.1, 32: 0.2}, {16: 0.05, 32: 0.06}).axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[100, 200], [50, 60]]
+    assert [list(line.get_ydata()) for line in right.lines] == [[50, 60]] and right.get_ylim() == (0, 90)
+
+
+# -- What the text says ------------------------------------------------------------------------------------------------
+
+
+def cells_run(*ids: str) -> dict:
+    """The names that these cells define; none of them needs the model."""
+    namespace: dict = {"namedtuple": __import__("collections").namedtuple}
+    for cell in read(CHAPTER).cells:
+        if cell.id in ids:
+            exec(compile(cell.source.split("\nsmall = ")[0], cell.id, "exec"), namespace)
+    return namespace
+
+
+def test_real_models_have_the_parameters_that_their_makers_publish():
+    """Counted from the files on Hugging Face; the chapter's formula leaves out the norms."""
+    code = {cell.id: cell.source for cell in read(CHAPTER).cells}
+    names = cells_run("models")
+    exec(code["models"].split("\n")[-4].strip(), names)  # small = Model(…)
+    exec(code["models-table"].split("}\n")[0] + "}", names)
+    published = {"Qwen3-0.6B": 596_049_920, "Llama-3-8B": 8_030_261_248, "Llama-3-70B": 70_553_706_496}
+    published["SmolLM2-135M"] = 134_515_008
+    for name, model in names["MODELS"].items():
+        missing = published[name] - names["parameters"](model)
+        norms = model.hidden * (2 * model.layers + 1) + (2 * model.head_dim * model.layers) * name.startswith("Qwen3")
+        assert missing == norms, name
+
+
+def outputs(id: str) -> str:
+    (cell,) = (cell for cell in read(CHAPTER).cells if cell.id == id)
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def test_the_text_is_true_of_the_times_that_were_saved():
+    """They differ from machine to machine, and from one saving to the next."""
+    minutes = [float(m) for m in re.findall(r"([\d.]+) min", outputs("time"))]
+    assert len(minutes) == 4 and all(16 < m < 50 for m in minutes[:2]) and all(0.6 < m < 1.6 for m in minutes[2:])
+    at_512 = float(re.search(r"context  512: +(\d+) ms", outputs("time")).group(1))
+    assert 950 < at_512 < 2600  # "one to two seconds and a half"
+    rows = [list(map(float, re.findall(r"[\d.]+", line))) for line in outputs("rows").splitlines()]
+    by_tokens = {int(row[0]): row[1:] for row in rows}
+    assert 3 < by_tokens[64][0] / by_tokens[1][0] < 6  # "four or five times"
+    assert max(row[2] for row in by_tokens.values()) == by_tokens[1][2]  # GB of weights a second
+    assert max(row[3] for row in by_tokens.values()) == by_tokens[256][3]  # multiplications a second
+
+
 # -- What the checks compare with --------------------------------------------------------------------------------------
 
 
 def test_the_tiny_decoder_is_the_same_with_a_cache_in_any_pieces():
     model, token_ids = TinyDecoder(3), list(range(12))
     whole, cache = model.forward(token_ids, {}), {}
-    pieces = [
-        model.forward(token_ids[start:end], cache)
-        for start, end in ((0, 5), (5, 6), (6, 12))
-    ]
+    pieces = [model.forward(token_ids[start:end], cache) for start, end in ((0, 5), (5, 6), (6, 12))]
     torch.testing.assert_close(torch.cat(pieces), whole)
     assert len(cache[0][0]) == 12
 
 
 def test_its_texts_do_not_repeat_one_token():
     """Else a wrong guess could be right by chance."""
-    assert all(
-        len(set(continued(TinyDecoder(seed), [1, 2, 3, 4, 5, 6], 24))) > 5
-        for seed in range(20)
-    )
+    assert all(len(set(continued(TinyDecoder(seed), [1, 2, 3, 4, 5, 6], 24))) > 5 for seed in range(20))
 
 
 def test_a_window_hides_what_is_outside():
@@ -73,9 +131,7 @@ def test_a_window_hides_what_is_outside():
 
 # -- Exercises ---------------------------------------------------------------------------------------------------------
 
-RATE = (
-    "def tokens_per_second(bandwidth, weights, per_token, context, batch):\n    return "
-)
+RATE = "def tokens_per_second(bandwidth, weights, per_token, context, batch):\n    return "
 SLIDE = "import torch\ndef slide(key, value, new_key, new_value, window):\n    return "
 PACK = "def pack(x):\n    scale = {scale}\n    return {numbers}, scale\ndef unpack(numbers, scale):\n    return numbers * scale"
 SCALE = "x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-8) / 127"
@@ -107,7 +163,7 @@ WRONG = [
     (2, SLIDE + "torch.cat([key, new_key])[:window], torch.cat([value, new_value])[:window]", "not attention over the last"),
     (2, SLIDE + "torch.cat([key, new_key])[-window:], torch.cat([value, new_value])", "keys, but"),
     (2, SLIDE + "torch.cat([key, new_key])[-window + 1:], torch.cat([value, new_value])[-window + 1:]", "itself included"),
-    (2, SLIDE + "torch.cat([key, new_key])", "return two tensors"),
+    (2, SLIDE + "torch.cat([key, new_key])", "Return two tensors"),
     (3, PACK.format(scale=SCALE, numbers="x / scale"), "make them"),
     (3, PACK.format(scale=SCALE, numbers="(x / scale).to(torch.int8)"), "round the others"),
     (3, PACK.format(scale="x.abs().amax() / 127", numbers=NUMBERS), "a scale of its own"),
@@ -124,6 +180,4 @@ WRONG = [
 def test_a_wrong_answer_is_told_what_is_wrong(number, answer, words):
     result = verdict(CHAPTER, number, answer)
     assert result.attempted and not result.right
-    assert repr(result).startswith(f"Exercise {number}: not yet. ") and words in repr(
-        result
-    )
+    assert repr(result).startswith(f"Exercise {number}: not yet. ") and words in repr(result)
