@@ -231,6 +231,20 @@ def test_a_click_on_the_timeline_goes_there(show, scene):
     sync_api.expect(page.locator(".nanovllm-detail")).to_contain_text("step 7, A: ")
 
 
+def test_a_budget_far_above_is_off_the_scale_of_the_timeline(show):
+    """Nobody would see the steps' tokens beside it."""
+    seen = []
+    for budget in (16, 65, 1000):  # a step has 16 tokens
+        run = Run(num_blocks=8, budget=budget)
+        run.add(make_sequence("aaaa bbbb cccc d", max_tokens=4, id=0))
+        while run.scheduler.has_work():
+            run.step(token=7)
+        page = show(run.trace)
+        index(page)
+        seen.append(pictures(page)[-1])
+    assert seen[0] != seen[1] == seen[2]
+
+
 @pytest.mark.parametrize("width", [900, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_themes_and_widths(show, scene, width, scheme):

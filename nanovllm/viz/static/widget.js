@@ -825,15 +825,17 @@ class Timeline extends Part {
 
   drawBudget({ context, theme, start, end, x, index }) {
     const { budget, frames } = this.recording;
+    const most = frames.reduce((n, { tokens }) => Math.max(n, tokens), 1);
+    const top = budget <= 4 * most ? budget : most; // else the budget is off the scale, as in the PNG
     const bottom = this.bottom + BUDGET;
     const gap = this.column >= 8 ? 1 : 0;
     const style = { colour: theme.quiet, font: px(10), align: "right" };
-    write(context, String(budget), NAMES - 6, this.bottom + 6, style);
+    write(context, String(top), NAMES - 6, this.bottom + 6, style);
     write(context, "tokens", NAMES - 6, this.bottom + 22, style);
     write(context, "0", NAMES - 6, bottom - 4, style);
     for (let step = start; step < end; step++) {
       const { tokens } = frames[step];
-      const full = (BUDGET * Math.min(tokens, budget)) / budget;
+      const full = (BUDGET * Math.min(tokens, top)) / top;
       context.fillStyle = theme.quiet;
       if (tokens) context.fillRect(x(step) + gap, bottom - Math.max(1, full), this.column - 2 * gap, Math.max(1, full));
       context.font = px(10);
@@ -846,8 +848,10 @@ class Timeline extends Part {
     context.lineWidth = 1;
     context.setLineDash([4, 3]);
     context.beginPath();
-    context.moveTo(NAMES, this.bottom + 0.5);
-    context.lineTo(x(end), this.bottom + 0.5);
+    if (top === budget) {
+      context.moveTo(NAMES, this.bottom + 0.5);
+      context.lineTo(x(end), this.bottom + 0.5);
+    }
     context.stroke();
     context.setLineDash([]);
     context.beginPath();
@@ -869,7 +873,7 @@ const MAP_LEGEND =
   "Bold frame: changed in this step; dots: tokens it added.";
 const TIMELINE_LEGEND =
   "tall bar: prefill of so many tokens; H, hatched: after a hit in the prefix cache; thin bar: decode; dotted: waits; " +
-  "X: preempted; !: the step fails; | finished; A| aborted. Below: the step's tokens, of its budget.";
+  "X: preempted; !: the step fails; | finished; A| aborted. Below: the step's tokens; dashed: the budget, if it is near.";
 const HINT = "Point at a block or a request, or choose a request with the up and down keys, to see whose blocks are where.";
 const KEYS = "Left and right arrow: previous and next step. Page up and down: 10 steps. Home, End: first, last. " +
   "Space: play or pause. Plus and minus: speed. Up and down arrow: choose a request.";
