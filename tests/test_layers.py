@@ -1,6 +1,5 @@
 """Each layer against a plain computation of the same thing, in float64 where that says something."""
 
-import random
 from types import SimpleNamespace
 
 import pytest
@@ -9,16 +8,11 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from nanovllm.kernels import get_backend
-from nanovllm.kernels.torch_attention import MAX_PADDING, group_by_length
 from nanovllm.layers.activation import silu_and_mul
-from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import Linear, MergedLinear, linear_in_float32, pack
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_inverse_frequencies, rope_settings, rotate
-from nanovllm.utils.context import use_context
-from tests.paged import make_context, slots_of
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 # How far a result may be from the exact one, relative to its size: a few roundings.
@@ -196,124 +190,3 @@ def test_embedding_and_head(dtype, tied):
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, rtol=0.02, atol=5 * TOLERANCE[dtype])
     assert torch.equal(embedding(torch.tensor([7, 0])), embedding.weight[[7, 0]])  # the lookup outlives the packing
-
-
-# ---- Attention ----
-
-
-def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Exact causal attention of the last tokens of a sequence, in float64.
-
-    `query` is [query_len, num_heads, head_dim], `key` and `value` are [context_len, num_kv_heads, head_dim].
-    """
-    group = query.size(1) // key.size(1)
-    key, value = (x.double().repeat_interleave(group, dim=1) for x in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query.double(), key) * scale
-    query_len, context_len = scores.shape[1:]
-    is_later = torch.ones(query_len, context_len, device=query.device).triu(context_len - query_len + 1).bool()
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(is_later, float("-inf")).softmax(-1), value)
-
-
-def check_attention(
-    query_lens: list[int],
-    context_lens: list[int],
-    dtype: torch.dtype = torch.float32,
-    block_size: int = 16,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    head_dim: int = 32,
-    num_shared: int = 0,
-    device: str = "cpu",
-) -> None:
-    """Run a step through the attention layer and compare each sequence with dense attention.
-
-    Blocks are scattered at random. All slots that hold no token are NaN, those of block 0 always. Sequences begin with
-    `num_shared` blocks that are the same; if nobody has computed them yet, the longest prefill does, in this very step.
-    """
-    tables, keys, values = [], [], []
-    num_blocks = sum(-(-n // block_size) for n in context_lens) + 5
-    free = (1 + torch.randperm(num_blocks - 1)).tolist()
-    shared = [free.pop() for _ in range(num_shared)]
-    shared_kv = torch.randn(2, num_shared * block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
-    for context_len in context_lens:
-        tables.append(shared + [free.pop() for _ in range(-(-context_len // block_size) - num_shared)])
-        own = torch.randn(2, context_len - shared_kv.size(1), num_kv_heads, head_dim, dtype=dtype, device=device)
-        key, value = torch.cat((shared_kv, own), dim=1)
-        keys.append(key)
-        values.append(value)
-    query = torch.randn(sum(query_lens), num_heads, head_dim, dtype=dtype, device=device)
-
-    backend = get_backend("torch")
-    kv_cache = backend.allocate(2, num_blocks, block_size, num_kv_heads, head_dim, dtype, device)
-    assert kv_cache.shape == (2, 2, num_blocks + 1, block_size, num_kv_heads, head_dim)
-    kv_cache.fill_(float("nan"))
-    layer = Attention(num_heads, head_dim, head_dim**-0.5, num_kv_heads)
-    layer.bind(backend, kv_cache[0, 1], kv_cache[1, 1])
-    computed_now = {
-        slot for t, n, c in zip(tables, query_lens, context_lens) for slot in slots_of(t, range(c - n, c), block_size)
-    }
-    for table, key, value, query_len, context_len in zip(tables, keys, values, query_lens, context_lens):
-        slots = slots_of(table, range(context_len - query_len), block_size)
-        before = [i for i, slot in enumerate(slots) if slot not in computed_now]
-        where = torch.tensor([slots[i] for i in before], dtype=torch.int64, device=device)
-        backend.store(key[before], value[before], layer.k_cache, layer.v_cache, where)
-
-    new_keys = torch.cat([key[len(key) - n :] for key, n in zip(keys, query_lens)])
-    new_values = torch.cat([value[len(value) - n :] for value, n in zip(values, query_lens)])
-    with use_context(make_context(block_size, tables, query_lens, context_lens, device)):
-        output = layer(query, new_keys, new_values).view_as(query)
-
-    assert kv_cache[:, 0].isnan().all()  # the other layer's part of the cache
-    for rows, key, value in zip(torch.arange(len(query)).split(query_lens), keys, values):
-        assert_near(output[rows], dense_attention(query[rows], key, value, layer.scale), dtype)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("block_size", [1, 16, 32])
-@pytest.mark.parametrize("heads", [(4, 4, 32), (4, 2, 64), (9, 3, 64), (8, 1, 16), (3, 3, 24), (6, 2, 17)])
-def test_attention_of_a_mixed_batch(device, dtype, block_size, heads):
-    num_heads, num_kv_heads, head_dim = heads
-    query_lens = [1, 1, 1, 1, 7, 33, 40, 2]
-    context_lens = [1, 64, 37, 100, 7, 33, 90, 17]
-    shapes = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    check_attention(query_lens, context_lens, dtype, block_size, **shapes, device=device)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_attention_of_random_batches(seed):
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    block_size = rng.choice([1, 2, 5, 16, 32])
-    num_decodes, num_prefills = rng.randint(0, 12), rng.randint(0, 3)
-    query_lens = [1] * num_decodes + [rng.randint(2, 50) for _ in range(num_prefills)] or [1]
-    context_lens = [n + rng.choice([0, rng.randint(0, 200), 16]) for n in query_lens]
-    check_attention(query_lens, context_lens, block_size=block_size)
-
-
-def test_attention_to_blocks_that_are_shared_with_a_sequence_of_the_same_step():
-    """Two decodes and a prefill begin with the two blocks that the last sequence computes only now."""
-    check_attention([1, 1, 5, 40], [33, 50, 41, 40], num_shared=2)
-
-
-def test_attention_of_one_long_and_many_short_sequences():
-    check_attention([1] * 31, [1500] + [20 + i for i in range(30)])
-
-
-def test_decodes_are_grouped_by_length():
-    assert group_by_length([]) == []
-    assert group_by_length([5]) == [[0]]
-    assert group_by_length([64] * 32) == [list(range(32))]
-    assert group_by_length([60, 1500, 64, 58]) == [[1], [2, 0, 3]]
-    rng = random.Random(0)
-    context_lens = [rng.randint(1, 3000) for _ in range(200)]
-    groups = group_by_length(context_lens)
-    assert sorted(sum(groups, [])) == list(range(200))
-    for group in groups:
-        lengths = [context_lens[i] for i in group]
-        assert max(lengths) * len(lengths) - sum(lengths) <= MAX_PADDING
-
-
-def test_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="attention_backend must be one of 'torch', not 'flsh'"):
-        get_backend("flsh")

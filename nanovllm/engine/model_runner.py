@@ -12,7 +12,7 @@ from nanovllm.config import Config
 from nanovllm.engine.kv_cache import block_bytes, size_kv_cache
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence
-from nanovllm.kernels import get_backend
+from nanovllm.kernels.check import choose_backend
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import SamplingBatch, sample, top_logprobs, uniform_numbers
 from nanovllm.utils.context import Context, use_context
@@ -49,7 +49,8 @@ class ModelRunner:
         shape = (config.block_size, attention[0].num_kv_heads, attention[0].head_dim)
         self.bytes_per_block = block_bytes(len(attention), *shape, self.dtype)
         self.num_blocks = size_kv_cache(config, self.bytes_per_block, self.device)
-        backend = get_backend("torch" if config.attention_backend == "auto" else config.attention_backend)
+        heads = (attention[0].num_heads, attention[0].num_kv_heads, attention[0].head_dim)
+        backend = choose_backend(config.attention_backend, *heads, config.block_size, self.dtype, self.device)
         self.kv_cache = backend.allocate(len(attention), self.num_blocks, *shape, self.dtype, self.device)
         for layer, (k_cache, v_cache) in zip(attention, self.kv_cache.transpose(0, 1), strict=True):
             layer.bind(backend, k_cache, v_cache)

@@ -8,14 +8,25 @@ A backend is a module with four functions; `torch_attention` is the reference, w
     attend(query, k_cache, v_cache, context, scale)         attention of the new tokens to all before them
 """
 
+import os
 from importlib import import_module
 from types import ModuleType
 
-BACKENDS = {"torch": "nanovllm.kernels.torch_attention"}
+import torch
+
+BACKENDS = {"torch": "nanovllm.kernels.torch_attention", "triton": "nanovllm.kernels.triton_attention"}
 
 
-def get_backend(name: str) -> ModuleType:
-    """The attention backend called `name`. ValueError if there is none."""
+def get_backend(name: str, device: torch.device | str = "cpu") -> ModuleType:
+    """The attention backend called `name`. ValueError if there is none, or it does not run on `device`."""
     if name not in BACKENDS:
         raise ValueError(f"attention_backend must be one of {', '.join(map(repr, BACKENDS))}, not {name!r}")
-    return import_module(BACKENDS[name])
+    if name == "triton" and torch.device(device).type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "attention_backend='triton' needs an NVIDIA GPU; on a CPU use 'torch', or start Python with the environment "
+            "variable TRITON_INTERPRET=1, which runs the kernels line by line, and slowly"
+        )
+    try:
+        return import_module(BACKENDS[name])
+    except ImportError as error:
+        raise ValueError(f"attention_backend={name!r} cannot be imported here: {error}; use 'torch'") from error

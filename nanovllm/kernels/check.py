@@ -1,0 +1,82 @@
+"""Which attention backend "auto" is, and whether it computes what it should on this very device."""
+
+import logging
+from types import ModuleType
+
+import torch
+
+from nanovllm.kernels import get_backend
+from nanovllm.utils.context import Context
+
+logger = logging.getLogger(__name__)
+
+
+def choose_backend(
+    name: str,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ModuleType:
+    """The backend that a setting means: "auto" is triton on a GPU where its kernels work, and torch everywhere else."""
+    if name != "auto":
+        return get_backend(name, device)
+    if device.type == "cuda":
+        try:
+            triton = get_backend("triton", device)
+            check(triton, num_heads, num_kv_heads, head_dim, block_size, dtype, device)
+            return triton
+        except Exception as error:  # whatever a compiler or a driver may raise
+            logger.warning(
+                "the Triton kernels do not work here, attention falls back to torch, which is slower: %s", error
+            )
+    return get_backend("torch")
+
+
+@torch.inference_mode()
+def check(
+    backend: ModuleType,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    """Compare a backend with the reference. RuntimeError if they differ.
+
+    A small step with all there is: a decode with a long context, one with a short, and a chunk.
+    """
+    query_lens, context_lens = [1, 1, 20], [1200, 3, 50]
+    num_blocks = [-(-n // block_size) for n in context_lens]
+    ends = torch.tensor(num_blocks).cumsum(0)
+    tables = torch.arange(max(num_blocks)) + (ends - torch.tensor(num_blocks)).unsqueeze(1)  # [3, max_blocks]
+    positions = [torch.arange(context_len) for context_len in context_lens]
+    slots = torch.cat([table[p // block_size] * block_size + p % block_size for table, p in zip(tables, positions)])
+    numbers = torch.Generator().manual_seed(0)
+
+    def random(num_tokens: int, num_heads: int) -> torch.Tensor:
+        return torch.randn(num_tokens, num_heads, head_dim, generator=numbers).to(device, dtype)
+
+    query = random(sum(query_lens), num_heads)
+    key, value = (random(len(slots), num_kv_heads) for _ in range(2))
+    outputs = []
+    for module in (backend, get_backend("torch")):
+        context = Context(
+            block_size=block_size,
+            num_decodes=2,
+            query_start=torch.tensor([0, 1, 2, 22], dtype=torch.int32, device=device),
+            context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
+            block_tables=tables.to(device, torch.int32),
+            slot_mapping=slots.to(device),
+        )
+        shape = (1, int(ends[-1]), block_size, num_kv_heads, head_dim)
+        k_cache, v_cache = module.allocate(*shape, dtype, device)[:, 0]
+        module.store(key, value, k_cache, v_cache, context.slot_mapping)
+        context.plan = module.plan(context, k_cache)
+        outputs.append(module.attend(query, k_cache, v_cache, context, head_dim**-0.5).double())
+    error = (outputs[0] - outputs[1]).norm() / outputs[1].norm()
+    if not error < 0.02:  # bfloat16 gives some 0.005; NaN is not smaller than anything
+        raise RuntimeError(f"{backend.__name__} differs from the reference by {error.item():.1%}")

@@ -1,0 +1,268 @@
+"""Paged attention as two Triton kernels of our own, for GPUs; in Triton's interpreter they run on a CPU as well.
+
+A GPU runs a kernel as many *programs* side by side, which know each other only by their numbers. A program of ours takes
+one KV head and a few queries of one sequence, follows the sequence's block table, and walks over its keys and values
+tile by tile. It never holds more than one tile: the softmax is kept as a running maximum, a running sum and a running
+output (the online softmax of Milakov and Gimelshein 2018, as in FlashAttention, Dao et al. 2022).
+
+Three things decide how fast that is:
+
+- The query heads that share a KV head (grouped-query attention) are rows of one program, so keys and values are read
+  once for all of them, and the products are matrix products, for which a GPU has units of their own.
+- A *decode*, a sequence with one new token, does little arithmetic for each byte that it reads. What counts is that
+  enough of the memory is being asked at once. So a long context is *split*: several programs take a piece each, and a
+  second kernel adds up what they found (flash-decoding, Dao et al. 2023). The pieces depend on the context alone, never
+  on who else is in the batch, so a sequence's sums are always made in the same order.
+- A *chunk*, a sequence with several new tokens, has arithmetic enough: its queries share what is read, a tile of them
+  to a program.
+
+Both kinds go in one launch: chunks do not wait for decodes.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from nanovllm.kernels.torch_attention import allocate
+from nanovllm.utils.context import Context
+
+__all__ = ["allocate", "attend", "plan", "store"]
+
+# A decode takes a piece of its context for each so many tokens.
+SPLIT_SIZE = 512
+
+# Tensor cores multiply no fewer rows than this.
+MIN_ROWS = 16
+
+LOG2_E = 1.4426950408889634
+
+# Triton's interpreter reads a bfloat16 product's operands as whole numbers: there they become float32 first.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a step's work is cut into programs."""
+
+    rows: int  # of a program: new tokens times the query heads that share a KV head
+    tile: int  # tokens whose keys and values a program looks at in one go
+    max_splits: int  # pieces of the longest context that a block table of this width can hold
+
+
+def plan(context: Context, k_cache: torch.Tensor) -> Plan:
+    """The sizes of a step's programs; `k_cache` is any layer's."""
+    capability = torch.cuda.get_device_capability(k_cache.device) if k_cache.is_cuda else (8, 0)
+    rows, tile = program_size(k_cache.size(3), k_cache.dtype, capability)
+    if len(context.context_lens) == context.num_decodes:
+        rows = MIN_ROWS
+    width = context.block_tables.size(1) * context.block_size
+    return Plan(rows, tile, max_splits=triton.cdiv(width, SPLIT_SIZE))
+
+
+def program_size(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[int, int]:
+    """Rows of a program with chunks, and tokens in a tile: as many as a multiprocessor of this kind has room for."""
+    if dtype == torch.float32:  # no tensor cores for exact float32: the products are unrolled, and soon too long
+        return MIN_ROWS, 32 if head_dim <= 128 else 16
+    if head_dim > 128:
+        return 64 if capability >= (8, 0) else MIN_ROWS, 32
+    return 128 if capability >= (8, 0) else 64, 64
+
+
+# -- Keeping keys and values -------------------------------------------------------------------------------------------
+
+
+def store(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Write the new tokens' keys and values, `[num_tokens, num_kv_heads, head_dim]` each, to their slots."""
+    key, value = key.flatten(1), value.flatten(1)  # a token's heads lie side by side: nothing is copied
+    num_tokens, size = key.shape
+    store_kernel[(num_tokens,)](
+        *(key, value, k_cache, v_cache, slot_mapping, key.stride(0), value.stride(0)),
+        SIZE=size,
+        PADDED=triton.next_power_of_2(size),
+    )
+
+
+@triton.jit
+def store_kernel(
+    key, value, k_cache, v_cache, slot_mapping, key_stride, value_stride, SIZE: tl.constexpr, PADDED: tl.constexpr
+):
+    """One program a token: all its heads lie side by side, in the batch as in the cache."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)  # int64: slots times numbers a slot do not fit into 32 bits on a large GPU
+    i = tl.arange(0, PADDED)
+    tl.store(k_cache + slot * SIZE + i, tl.load(key + token * key_stride + i, mask=i < SIZE), mask=i < SIZE)
+    tl.store(v_cache + slot * SIZE + i, tl.load(value + token * value_stride + i, mask=i < SIZE), mask=i < SIZE)
+
+
+# -- Attention ---------------------------------------------------------------------------------------------------------
+
+
+def attend(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context, scale: float
+) -> torch.Tensor:
+    """Attention of each new token to all tokens of its sequence up to itself.
+
+    `query` and the result are `[num_tokens, num_heads, head_dim]`, the caches are one layer's, `[blocks, block_size,
+    num_kv_heads, head_dim]`, and hold the new tokens already. Reads nothing but the slots of the sequences themselves.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = k_cache.size(2)
+    group = num_heads // num_kv_heads
+    num_decodes, num_seqs = context.num_decodes, len(context.context_lens)
+    rows, tile, max_splits = context.plan.rows, context.plan.tile, context.plan.max_splits
+    rows = max(rows, triton.next_power_of_2(group))
+
+    output = torch.empty_like(query)
+    # What the pieces of split contexts give: an output each, and how much it weighs.
+    pieces = query.new_empty(num_decodes, num_heads, max_splits, head_dim, dtype=torch.float32)
+    weights = query.new_empty(num_decodes, num_heads, max_splits, dtype=torch.float32)
+    sizes = dict(SPLIT_SIZE=SPLIT_SIZE, HEAD_DIM=head_dim, PADDED_DIM=max(16, triton.next_power_of_2(head_dim)))
+    # Chunks begin at any token, and each leaves its last tile part empty: so many tiles hold them at most.
+    num_tiles = (num_tokens - num_decodes) // (rows // group) + num_seqs - num_decodes
+    attend_kernel[(num_kv_heads, num_decodes + num_tiles, max_splits if num_decodes else 1)](
+        *(query, k_cache, v_cache, output, pieces, weights),
+        *(context.query_start, context.context_lens, context.block_tables),
+        *(num_decodes, num_seqs, max_splits, scale * LOG2_E),
+        *(query.stride(0), query.stride(1), k_cache.stride(1), context.block_tables.stride(0)),
+        GROUP=group,
+        BLOCK_SIZE=context.block_size,
+        ROWS=rows,
+        TILE=tile,
+        **sizes,
+        num_warps=4,
+        num_stages=3,
+    )
+    if num_decodes and max_splits > 1:
+        combine_kernel[(num_decodes, num_heads)](
+            *(pieces, weights, output, context.context_lens, max_splits),
+            PADDED_SPLITS=triton.next_power_of_2(max_splits),
+            **sizes,
+        )
+    return output
+
+
+@triton.jit
+def split_of(context_len, SPLIT_SIZE: tl.constexpr):
+    """Into how many pieces a context is split, and how many tokens each has: nearly the same, a multiple of 64."""
+    num_splits = tl.cdiv(context_len, SPLIT_SIZE)
+    return num_splits, tl.cdiv(tl.cdiv(context_len, num_splits), 64) * 64
+
+
+@triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_splits"])
+def attend_kernel(
+    query, k_cache, v_cache, output, pieces, weights,
+    query_start, context_lens, block_tables,
+    num_decodes, num_seqs, max_splits, scale,
+    token_stride, head_stride, slot_stride, table_stride,
+    GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    SPLIT_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    """One program: a KV head, a tile of queries of one sequence, a piece of the context (all of it for a chunk)."""
+    kv_head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+
+    # Which sequence, and which of its new tokens.
+    if tile < num_decodes:
+        seq, first = tile, 0
+    else:
+        # Chunk j begins at tile (tokens in the chunks before it) // tokens a tile + j. Find ours by bisection.
+        tile -= num_decodes
+        seq, end = num_decodes, num_seqs
+        while end - seq > 1:
+            middle = (seq + end) // 2
+            begins = (tl.load(query_start + middle) - num_decodes) // (ROWS // GROUP) + middle - num_decodes
+            if begins <= tile:
+                seq = middle
+            else:
+                end = middle
+        begins = (tl.load(query_start + seq) - num_decodes) // (ROWS // GROUP) + seq - num_decodes
+        first = (tile - begins) * (ROWS // GROUP)
+    start = tl.load(query_start + seq)
+    query_len = tl.load(query_start + seq + 1) - start
+    context_len = tl.load(context_lens + seq)
+
+    # The part of the context that this program walks over.
+    begin, end = 0, tl.minimum(context_len, context_len - query_len + first + ROWS // GROUP)
+    num_splits = 1
+    if query_len == 1:
+        num_splits, split_len = split_of(context_len, SPLIT_SIZE)
+        begin, end = split * split_len, tl.minimum(context_len, (split + 1) * split_len)
+    if split >= num_splits or first >= query_len:
+        return
+
+    # Row r is new token r // GROUP of the tile, in query head r % GROUP of those that share this KV head.
+    row, dim = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM)
+    token, head = first + row // GROUP, kv_head * GROUP + row % GROUP
+    is_row = (row < ROWS // GROUP * GROUP) & (token < query_len)
+    is_dim = dim < HEAD_DIM
+    at = (start + token).to(tl.int64)[:, None] * token_stride + head[:, None] * head_stride + dim[None, :]
+    q = tl.load(query + at, mask=is_row[:, None] & is_dim[None, :], other=0.0)  # [ROWS, PADDED_DIM]
+    q = q.to(tl.float32) if INTERPRETED else q
+    position = context_len - query_len + token  # [ROWS]
+
+    highest = tl.full([ROWS], float("-inf"), tl.float32)  # score so far
+    total = tl.zeros([ROWS], tl.float32)  # of the weights, relative to the highest
+    result = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    # Most tiles lie before all queries of this program: every query sees all of their keys, and nothing is masked. That
+    # makes chunks a fifth faster. `static_range` unrolls: these are two loops, without masks and with them.
+    unmasked_end = begin + tl.maximum(tl.minimum(end, context_len - query_len + first + 1) - begin, 0) // TILE * TILE
+    for masked in tl.static_range(2):
+        for tile_begin in range(unmasked_end if masked else begin, end if masked else unmasked_end, TILE):
+            key_position = tile_begin + tl.arange(0, TILE)
+            # What is masked here is not read: whatever lies in other slots, NaN included, does no harm.
+            is_key = key_position < end if masked else key_position >= 0
+            block = tl.load(block_tables + seq * table_stride + key_position // BLOCK_SIZE, mask=is_key, other=0)
+            slot = block.to(tl.int64) * BLOCK_SIZE + key_position % BLOCK_SIZE
+            numbers = slot[:, None] * slot_stride + kv_head * HEAD_DIM + dim[None, :]
+            is_number = is_key[:, None] & is_dim[None, :]
+            k = tl.load(k_cache + numbers, mask=is_number, other=0.0)  # [TILE, PADDED_DIM]
+            v = tl.load(v_cache + numbers, mask=is_number, other=0.0)
+            if INTERPRETED:
+                k, v = k.to(tl.float32), v.to(tl.float32)
+
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, TILE], in powers of two
+            if masked:
+                is_seen = is_key[None, :] & (key_position[None, :] <= position[:, None])
+                scores = tl.where(is_seen, scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, 1))
+            shrink = tl.exp2(highest - new_highest)
+            weight = tl.exp2(scores - new_highest[:, None])
+            total = total * shrink + tl.sum(weight, 1)
+            result = result * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+            highest = new_highest
+
+    result = result / total[:, None]
+    if num_splits == 1:
+        at = (start + token).to(tl.int64)[:, None] * (GROUP * tl.num_programs(0) * HEAD_DIM)
+        at += head[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(output + at, result.to(output.dtype.element_ty), mask=is_row[:, None] & is_dim[None, :])
+    else:
+        piece = (seq.to(tl.int64) * GROUP * tl.num_programs(0) + head) * max_splits + split  # [ROWS]
+        is_row = row < GROUP
+        tl.store(pieces + piece[:, None] * HEAD_DIM + dim[None, :], result, mask=is_row[:, None] & is_dim[None, :])
+        tl.store(weights + piece, highest + tl.log2(total), mask=is_row)
+
+
+@triton.jit(do_not_specialize=["max_splits"])
+def combine_kernel(
+    pieces, weights, output, context_lens, max_splits,
+    PADDED_SPLITS: tl.constexpr, SPLIT_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    """One program a decode and query head: the mean of what the pieces of its context gave, by their weights."""
+    seq, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    num_splits, _ = split_of(tl.load(context_lens + seq), SPLIT_SIZE)
+    if num_splits == 1:
+        return  # the output is there already
+    split, dim = tl.arange(0, PADDED_SPLITS), tl.arange(0, PADDED_DIM)
+    row = seq * tl.num_programs(1) + head
+    is_split = split < num_splits
+    weight = tl.load(weights + row * max_splits + split, mask=is_split, other=float("-inf"))
+    weight = tl.exp2(weight - tl.max(weight, 0))
+    at = (row * max_splits + split)[:, None] * HEAD_DIM + dim[None, :]
+    piece = tl.load(pieces + at, mask=is_split[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    result = tl.sum(piece * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(output + row * HEAD_DIM + dim, result.to(output.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -1,0 +1,300 @@
+"""Every attention backend against plain attention in float64, on every device that it runs on.
+
+Triton's kernels run on a CPU in Triton's interpreter, if the environment says so when they are imported. So this file
+runs itself once more, in a process of its own, for that backend alone.
+"""
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanovllm.kernels import get_backend, torch_attention
+from nanovllm.kernels.check import check, choose_backend
+from nanovllm.kernels.torch_attention import MAX_PADDING, group_by_length
+from nanovllm.layers.attention import Attention
+from nanovllm.utils.context import use_context
+from tests.paged import make_context, slots_of
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    WHERE = [("triton", "cpu")]
+else:
+    WHERE = [("torch", "cpu")] + [("torch", "cuda"), ("triton", "cuda")] * torch.cuda.is_available()
+on_every_backend = pytest.mark.parametrize("backend, device", WHERE)
+
+# How far a result may be from the exact one, relative to its size: a few roundings.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Exact causal attention of the last tokens of a sequence, in float64.
+
+    `query` is [query_len, num_heads, head_dim], `key` and `value` are [context_len, num_kv_heads, head_dim].
+    """
+    group = query.size(1) // key.size(1)
+    key, value = (x.double().repeat_interleave(group, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query.double(), key) * scale
+    query_len, context_len = scores.shape[1:]
+    is_later = torch.ones(query_len, context_len, device=query.device).triu(context_len - query_len + 1).bool()
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(is_later, float("-inf")).softmax(-1), value)
+
+
+def check_attention(
+    query_lens: list[int],
+    context_lens: list[int],
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 16,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 32,
+    num_shared: int = 0,
+    backend: str = "torch",
+    device: str = "cpu",
+) -> None:
+    """Run a step through the attention layer and compare each sequence with dense attention.
+
+    Blocks are scattered at random. All slots that hold no token are NaN, those of block 0 always. Sequences begin with
+    `num_shared` blocks that are the same; if nobody has computed them yet, the longest prefill does, in this very step.
+    """
+    tables, keys, values = [], [], []
+    num_blocks = sum(-(-n // block_size) for n in context_lens) + 5
+    free = (1 + torch.randperm(num_blocks - 1)).tolist()
+    shared = [free.pop() for _ in range(num_shared)]
+    shared_kv = torch.randn(2, num_shared * block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+    for context_len in context_lens:
+        tables.append(shared + [free.pop() for _ in range(-(-context_len // block_size) - num_shared)])
+        own = torch.randn(2, context_len - shared_kv.size(1), num_kv_heads, head_dim, dtype=dtype, device=device)
+        key, value = torch.cat((shared_kv, own), dim=1)
+        keys.append(key)
+        values.append(value)
+    query = torch.randn(sum(query_lens), num_heads, head_dim, dtype=dtype, device=device)
+
+    module = get_backend(backend, device)
+    kv_cache = module.allocate(2, num_blocks, block_size, num_kv_heads, head_dim, dtype, device)
+    assert kv_cache.shape == (2, 2, num_blocks + 1, block_size, num_kv_heads, head_dim)
+    kv_cache.fill_(float("nan"))
+    layer = Attention(num_heads, head_dim, head_dim**-0.5, num_kv_heads)
+    layer.bind(module, kv_cache[0, 1], kv_cache[1, 1])
+    computed_now = {
+        slot for t, n, c in zip(tables, query_lens, context_lens) for slot in slots_of(t, range(c - n, c), block_size)
+    }
+    for table, key, value, query_len, context_len in zip(tables, keys, values, query_lens, context_lens):
+        slots = slots_of(table, range(context_len - query_len), block_size)
+        before = [i for i, slot in enumerate(slots) if slot not in computed_now]
+        where = torch.tensor([slots[i] for i in before], dtype=torch.int64, device=device)
+        module.store(key[before], value[before], layer.k_cache, layer.v_cache, where)
+
+    new_keys = torch.cat([key[len(key) - n :] for key, n in zip(keys, query_lens)])
+    new_values = torch.cat([value[len(value) - n :] for value, n in zip(values, query_lens)])
+    with use_context(make_context(block_size, tables, query_lens, context_lens, device)):
+        output = layer(query, new_keys, new_values).view_as(query)
+
+    assert kv_cache[:, 0].isnan().all()  # the other layer's part of the cache
+    for rows, key, value in zip(torch.arange(len(query)).split(query_lens), keys, values):
+        expected = dense_attention(query[rows], key, value, layer.scale)
+        torch.testing.assert_close(output[rows].double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+HEADS = [(4, 4, 32), (4, 2, 64), (9, 3, 64), (8, 1, 16), (3, 3, 24), (6, 2, 17), (20, 1, 64)]
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("heads, block_size", [*zip(HEADS, itertools.cycle([1, 16, 80]))])
+def test_a_mixed_batch(heads, block_size, dtype, backend, device):
+    num_heads, num_kv_heads, head_dim = heads
+    query_lens = [1, 1, 1, 1, 7, 33, 40, 2]
+    context_lens = [1, 64, 37, 100, 7, 33, 90, 17]
+    shapes = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    check_attention(query_lens, context_lens, dtype, block_size, **shapes, backend=backend, device=device)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+def test_large_heads(head_dim, dtype, backend, device):
+    check_attention([1, 1, 20], [1, 50, 40], dtype, 256, 4, 2, head_dim, backend=backend, device=device)
+
+
+@on_every_backend
+@pytest.mark.parametrize("seed", range(20))
+def test_random_batches(seed, backend, device):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    block_size = rng.choice([1, 2, 5, 16, 32])
+    num_decodes, num_prefills = rng.randint(0, 12), rng.randint(0, 3)
+    query_lens = [1] * num_decodes + [rng.randint(2, 50) for _ in range(num_prefills)] or [1]
+    context_lens = [n + rng.choice([0, rng.randint(0, 200), 16]) for n in query_lens]
+    check_attention(query_lens, context_lens, block_size=block_size, backend=backend, device=device)
+
+
+@on_every_backend
+def test_lengths_around_the_ends_of_blocks_tiles_and_splits(backend, device):
+    check_attention(
+        [1] * 9, [15, 16, 17, 63, 64, 65, 511, 512, 513], num_heads=2, num_kv_heads=1, backend=backend, device=device
+    )
+
+
+@on_every_backend
+def test_a_long_decode_beside_a_short_one(backend, device):
+    """The long context is split in eight, the short one is not."""
+    check_attention([1, 1], [4096, 3], num_heads=2, num_kv_heads=1, backend=backend, device=device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="too slow in an interpreter")
+@on_every_backend
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_long_contexts(block_size, dtype, backend, device):
+    query_lens = [1] * 13 + [300, 5, 700]
+    context_lens = [1, 15, 16, 17, 511, 512, 513, 1024, 1025, 2047, 3000, 4095, 4096, 300, 1000, 4096]
+    check_attention(query_lens, context_lens, dtype, block_size, 4, 2, 128, backend=backend, device=device)
+
+
+@on_every_backend
+def test_blocks_that_are_shared_with_a_sequence_of_the_same_step(backend, device):
+    """Two decodes and a prefill begin with the two blocks that the last sequence computes only now."""
+    check_attention([1, 1, 5, 40], [33, 50, 41, 40], num_shared=2, backend=backend, device=device)
+
+
+@on_every_backend
+def test_a_sequence_gets_the_same_numbers_alone_and_in_a_crowd(backend, device):
+    """Its sums are made in the same order, whoever else is in the batch: equal to the last bit. Torch pads to the longest."""
+    if backend == "torch":
+        pytest.skip("padded to the longest of its group")
+    module, lens, size = get_backend(backend, device), [700, 20, 1300], 16
+    tables = torch.randperm(250)[:246].view(3, 82).tolist()
+    k_cache, v_cache = torch.randn(2, 251, size, 2, 64, device=device)
+    query = torch.randn(3, 4, 64, device=device)
+
+    def attend(seqs: list[int]) -> torch.Tensor:
+        context = make_context(size, [tables[i] for i in seqs], [1] * len(seqs), [lens[i] for i in seqs], device)
+        context.plan = module.plan(context, k_cache)
+        return module.attend(query[seqs], k_cache, v_cache, context, 0.125)
+
+    crowd = attend([0, 1, 2])
+    for i in range(3):
+        assert torch.equal(attend([i])[0], crowd[i])
+
+
+@on_every_backend
+def test_the_check_at_start_up_passes(backend, device):
+    check(get_backend(backend, device), 4, 2, 32, 16, torch.float32, device)
+
+
+# -- The torch backend alone -------------------------------------------------------------------------------------------
+
+
+def test_one_long_and_many_short_sequences():
+    check_attention([1] * 31, [1500] + [20 + i for i in range(30)])
+
+
+def test_decodes_are_grouped_by_length():
+    assert group_by_length([]) == []
+    assert group_by_length([5]) == [[0]]
+    assert group_by_length([64] * 32) == [list(range(32))]
+    assert group_by_length([60, 1500, 64, 58]) == [[1], [2, 0, 3]]
+    rng = random.Random(0)
+    context_lens = [rng.randint(1, 3000) for _ in range(200)]
+    groups = group_by_length(context_lens)
+    assert sorted(sum(groups, [])) == list(range(200))
+    for group in groups:
+        lengths = [context_lens[i] for i in group]
+        assert max(lengths) * len(lengths) - sum(lengths) <= MAX_PADDING
+
+
+# -- Choosing a backend ------------------------------------------------------------------------------------------------
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="attention_backend must be one of 'torch', 'triton', not 'flsh'"):
+        get_backend("flsh")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter is on")
+def test_triton_on_a_cpu_is_refused():
+    with pytest.raises(
+        ValueError, match="'triton' needs an NVIDIA GPU; on a CPU use 'torch', or .* TRITON_INTERPRET=1"
+    ):
+        get_backend("triton", "cpu")
+
+
+def test_auto_is_torch_on_a_cpu():
+    assert choose_backend("auto", 4, 2, 32, 16, torch.float32, torch.device("cpu")) is get_backend("torch")
+
+
+def test_the_check_at_start_up_notices_wrong_numbers():
+    parts = {name: getattr(torch_attention, name) for name in ("allocate", "plan", "store", "attend")}
+    wrong = SimpleNamespace(**parts | {"attend": lambda query, *args: torch_attention.attend(1.1 * query, *args)})
+    wrong.__name__ = "wrong"
+    with pytest.raises(RuntimeError, match=r"wrong differs from the reference by \d"):
+        check(wrong, 4, 2, 32, 16, torch.float32, "cpu")
+
+
+def test_auto_falls_back_where_the_kernels_fail(monkeypatch, caplog):
+    def broken(*args: object) -> None:
+        raise RuntimeError("PTX of another world")
+
+    monkeypatch.setattr("nanovllm.kernels.check.check", broken)
+    assert choose_backend("auto", 4, 2, 32, 16, torch.float32, torch.device("cuda")) is get_backend("torch")
+    assert "attention falls back to torch, which is slower: PTX of another world" in caplog.text
+
+
+SHARED_MEMORY = {
+    75: 65_536,
+    80: 166_912,
+    89: 101_376,
+    90: 232_448,
+}  # bytes a program may have: T4, A100, RTX 4090, H100
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("head_dim, is_chunk", [(128, False), (128, True), (256, True)])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_kernels_compile_for_gpus_that_are_not_here(capability, head_dim, is_chunk):
+    """Triton compiles for any GPU on any computer; what it makes must fit into the multiprocessor's memory."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from nanovllm.kernels.triton_attention import MIN_ROWS, SPLIT_SIZE, attend_kernel, program_size
+
+    dtype, name = (torch.bfloat16, "*bf16") if capability >= 80 else (torch.float16, "*fp16")
+    rows, tile = program_size(head_dim, dtype, divmod(capability, 10))
+    constants = dict(GROUP=2, BLOCK_SIZE=16, ROWS=rows if is_chunk else MIN_ROWS, TILE=tile, SPLIT_SIZE=SPLIT_SIZE)
+    constants |= dict(HEAD_DIM=head_dim, PADDED_DIM=head_dim)
+    pointers = dict.fromkeys(("query", "k_cache", "v_cache", "output"), name)
+    pointers |= dict.fromkeys(("pieces", "weights"), "*fp32")
+    pointers |= dict.fromkeys(("query_start", "context_lens", "block_tables"), "*i32")
+    types = pointers | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")
+    names = attend_kernel.arg_names
+    aligned = [*pointers, "token_stride", "head_stride", "slot_stride"]
+    source = ASTSource(
+        attend_kernel,
+        signature={name: types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), dict(num_warps=4, num_stages=3))
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process of its own")
+def test_triton_in_the_interpreter():
+    """All of the above for Triton's kernels, on a CPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", __file__]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
