@@ -37,13 +37,13 @@ def test_the_calculator_answers(page):
     calculator = page.locator(".nanovllm")
     sentence = calculator.locator("div[role=status]")
     sync_api.expect(sentence).to_have_text(
-        "Weights 16.1 GB, KV cache 17.2 GB. So many such sequences fit: T4 0, laptop 5, H100 52."
+        "Weights 16.1 GB, KV cache 17.2 GB. At most so many such sequences fit: T4 0, laptop 5, H100 52."
     )
     calculator.get_by_role("slider", name="batch").focus()
     page.keyboard.press("ArrowRight")
     sync_api.expect(sentence).to_contain_text("KV cache 68.7 GB")
     calculator.get_by_role("combobox", name="dtype").select_option("int8")
-    sync_api.expect(sentence).to_contain_text("Weights 8.0 GB, KV cache 34.4 GB. So many such sequences fit: T4 11")
+    sync_api.expect(sentence).to_contain_text("KV cache 34.4 GB. At most so many such sequences fit: T4 11")
     page.keyboard.press("b")
     assert page.locator(".jp-Cell").count() == 4, "no key reaches Lab"
     assert ERRORS == []
