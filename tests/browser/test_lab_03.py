@@ -55,7 +55,7 @@ def test_the_explorer_answers(page):
     sync_api.expect(area).to_contain_text("75% in the small pool, 75% in the large one")
     area.get_by_role("slider", name="block size").focus()
     page.keyboard.press("End")
-    sync_api.expect(area).to_contain_text("Full blocks of 256 in a system prompt: 1.")
+    sync_api.expect(area).to_contain_text("Full blocks in a system prompt: 1.")
     page.keyboard.press("b")
     assert page.locator(".jp-Cell").count() == cells, "no key reaches Lab"
     assert ERRORS == []
