@@ -96,6 +96,8 @@ def test_the_text_is_true_of_the_times_that_were_saved():
     assert len(minutes) == 4 and all(20 < m < 50 for m in minutes[:2]) and all(0.6 < m < 1.6 for m in minutes[2:])
     at_256 = float(re.search(r"context  256: +(\d+) ms", outputs("time")).group(1))
     assert 2.4 < at_256 / 256 < 3.6  # "some 3 ms"
+    at_1024 = re.search(r"context 1024: +(\d+) ms without, +(\d+) ms", outputs("time"))
+    assert 45 < float(at_1024.group(1)) / float(at_1024.group(2)) < 80  # "some 60 times faster"
     rows = [list(map(float, re.findall(r"[\d.]+", line))) for line in outputs("rows").splitlines()]
     by_tokens = {int(row[0]): row[1:] for row in rows}
     assert 3 < by_tokens[64][0] / by_tokens[1][0] < 6  # "four or five times"
@@ -132,8 +134,15 @@ def test_a_window_hides_what_is_outside():
 # -- Exercises ---------------------------------------------------------------------------------------------------------
 
 RATE = "def tokens_per_second(bandwidth, weights, per_token, context, batch):\n    return "
-SLIDE = "import torch\ndef slide(key, value, new_key, new_value, window):\n    return "
-PACK = "def pack(x):\n    scale = {scale}\n    return {numbers}, scale\ndef unpack(numbers, scale):\n    return numbers * scale"
+SLIDE = """import torch
+def slide(key, value, new_key, new_value, window):
+    keys, values = torch.cat([key, new_key]), torch.cat([value, new_value])
+    return """
+PACK = """def pack(x):
+    scale = {scale}
+    return {numbers}, scale
+def unpack(numbers, scale):
+    return numbers * scale"""
 SCALE = "x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-8) / 127"
 NUMBERS = "(x / scale).round().to(torch.int8)"
 VERIFY = """def verify(forward, cache, last_token, guesses):
@@ -158,17 +167,17 @@ WRONG = [
     (1, RATE + "batch * bandwidth / weights", "also the keys and values"),
     (1, RATE + "bandwidth / (weights + context * per_token)", "read once a step"),
     (1, RATE + "0.0", "the limit is 206.9 tokens a second"),
-    (2, SLIDE + "torch.cat([key, new_key]), torch.cat([value, new_value])", "The window is 4, the new token included"),
-    (2, SLIDE + "torch.cat([key, new_key])[-window - 1:], torch.cat([value, new_value])[-window - 1:]", "keep 5 tokens"),
-    (2, SLIDE + "torch.cat([key, new_key])[:window], torch.cat([value, new_value])[:window]", "not attention over the last"),
-    (2, SLIDE + "torch.cat([key, new_key])[-window:], torch.cat([value, new_value])", "keys, but"),
-    (2, SLIDE + "torch.cat([key, new_key])[-window + 1:], torch.cat([value, new_value])[-window + 1:]", "itself included"),
-    (2, SLIDE + "torch.cat([key, new_key])", "Return two tensors"),
+    (2, SLIDE + "keys, values", "The window is 4, the new token included"),
+    (2, SLIDE + "keys[-window - 1:], values[-window - 1:]", "keep 5 tokens"),
+    (2, SLIDE + "keys[:window], values[:window]", "not attention over the last"),
+    (2, SLIDE + "keys[-window:], values", "keys, but"),
+    (2, SLIDE + "keys[-window + 1:], values[-window + 1:]", "itself included"),
+    (2, SLIDE + "keys", "Return two tensors"),
     (3, PACK.format(scale=SCALE, numbers="x / scale"), "make them"),
     (3, PACK.format(scale=SCALE, numbers="(x / scale).to(torch.int8)"), "round the others"),
     (3, PACK.format(scale="x.abs().amax() / 127", numbers=NUMBERS), "a scale of its own"),
     (3, PACK.format(scale="x.abs().clamp(min=1e-8) / 127", numbers=NUMBERS), "one for each is enough"),
-    (4, VERIFY.format(end="start + 1 + len(guesses)", returned="chosen[: right + 1]"), "roll the rejected guesses back"),
+    (4, VERIFY.format(end="start + 1 + len(guesses)", returned="chosen[: right + 1]"), "roll the rejected"),
     (4, VERIFY.format(end="start + right", returned="chosen[: right + 1]"), "were right"),
     (4, VERIFY.format(end="start + 1 + right", returned="chosen[:right]"), "one more token"),
     (4, VERIFY.format(end="start + 1 + right", returned="chosen"), "is certain, and you return"),

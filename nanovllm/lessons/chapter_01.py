@@ -1,4 +1,4 @@
-"""What chapter 01 shares: the opening picture, a tiny decoder for the exercises, exercise checks."""
+"""What chapter 01 shares: its pictures, a tiny decoder for the exercises, exercise checks."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -38,11 +38,7 @@ def record_work(num_steps: int = 12) -> tuple[list[str], list[int], list[int]]:
     assert prompt + answer["token_ids"] == token_ids
     texts = [str(tokenizer.decode([token_id])) for token_id in token_ids]
     llm.close()
-    return (
-        texts,
-        [step.num_tokens for step in without.steps],
-        [step.num_tokens for step in with_cache.steps],
-    )
+    return texts, [step.num_tokens for step in without.steps], [step.num_tokens for step in with_cache.steps]
 
 
 def draw_work() -> Figure:
@@ -55,17 +51,8 @@ def draw_work() -> Figure:
             draw_steps(ax, texts, computed, context_lens=without)
             ax.set_title(f"{title}: {sum(computed)} tokens computed")
         handles = [
-            Patch(
-                facecolor=colour("D"),
-                hatch=hatch("D"),
-                edgecolor="white",
-                label="computed in this step",
-            ),
-            Patch(
-                facecolor=colour("D"),
-                alpha=0.25,
-                label="kept: its keys and values are only read",
-            ),
+            Patch(facecolor=colour("D"), hatch=hatch("D"), edgecolor="white", label="computed in this step"),
+            Patch(facecolor=colour("D"), alpha=0.25, label="kept: its keys and values are only read"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
     return figure
@@ -79,44 +66,26 @@ def draw_steps(ax: Axes, texts: list[str], computed: list[int], context_lens: li
             box: dict[str, Any] = dict(facecolor=colour("D"), edgecolor="white", linewidth=0.8)
             box |= dict(hatch=hatch("D")) if new else dict(alpha=0.25)
             ax.add_patch(Rectangle((column, row), 1, 1, **box))
-        ax.text(
-            context_len + 0.25,
-            row + 0.5,
-            str(num_computed),
-            va="center",
-            fontsize=8.5,
-            color=INK,
-        )
+        ax.text(context_len + 0.25, row + 0.5, str(num_computed), va="center", fontsize=8.5, color=INK)
     width = max(context_lens)
     ax.set(xlim=(0, width + 1.2), ylim=(len(computed), 0), ylabel="step")
-    ax.set_yticks(
-        [row + 0.5 for row in range(len(computed))],
-        [str(row) for row in range(len(computed))],
-        fontsize=8.5,
-    )
+    ax.set_yticks([row + 0.5 for row in range(len(computed))], [str(row) for row in range(len(computed))], fontsize=8.5)
     labels = [text.strip() or "↵" for text in texts[:width]]
-    ax.set_xticks(
-        [column + 0.5 for column in range(width)],
-        labels,
-        rotation=60,
-        ha="right",
-        fontsize=8.5,
-    )
+    ax.set_xticks([column + 0.5 for column in range(width)], labels, rotation=60, ha="right", fontsize=8.5)
     ax.tick_params(length=0)
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
 
 
-# -- Heads that share ---------------------------------------------------------------------------------------------------
+# -- Heads that share --------------------------------------------------------------------------------------------------
 
 
 def draw_heads() -> Figure:
     """The default model's 9 query heads over 9, 3 and 1 KV heads, and what each way keeps of a token."""
     figure = new_figure(9, 2.1)
     with styled():
-        for ax, (name, num_kv_heads) in zip(
-            figure.subplots(1, 3), {"multi-head": 9, "grouped-query": 3, "multi-query": 1}.items()
-        ):
+        ways = {"multi-head": 9, "grouped-query": 3, "multi-query": 1}
+        for ax, (name, num_kv_heads) in zip(figure.subplots(1, 3), ways.items()):
             draw_sharing(ax, 9, num_kv_heads)
             ax.set_title(f"{name}: {num_kv_heads} KV head{'s' * (num_kv_heads > 1)}")
             ax.text(4, -0.75, f"{2 * 30 * num_kv_heads * 64 * 4:,} bytes a token", ha="center", va="center")
@@ -211,27 +180,9 @@ def check_tokens_per_second(answer: Callable[..., Any], random: random.Random) -
         ("the same with a batch of 64", 3.35e12, 16.06e9, 131_072, 1024, 64),
     ]
     for _ in range(5):
-        sizes = (
-            random.uniform(1e11, 4e12),
-            random.uniform(1e9, 1e11),
-            random.randint(10_000, 500_000),
-        )
-        cases.append(
-            (
-                "a made-up model",
-                *sizes,
-                random.randint(100, 10_000),
-                random.randint(2, 100),
-            )
-        )
-    for (
-        name,
-        bandwidth,
-        weight_bytes,
-        bytes_per_token,
-        context_len,
-        batch_size,
-    ) in cases:
+        sizes = (random.uniform(1e11, 4e12), random.uniform(1e9, 1e11), random.randint(10_000, 500_000))
+        cases.append(("a made-up model", *sizes, random.randint(100, 10_000), random.randint(2, 100)))
+    for name, bandwidth, weight_bytes, bytes_per_token, context_len, batch_size in cases:
         cache_bytes = batch_size * context_len * bytes_per_token
         right = batch_size * bandwidth / (weight_bytes + cache_bytes)
         got = attempted(answer(bandwidth, weight_bytes, bytes_per_token, context_len, batch_size))
@@ -266,10 +217,7 @@ def check_slide(answer: Callable[..., Any], random: random.Random) -> Iterator[s
                 yield f"{case} you keep {len(key)} tokens. The window is {right}, the new token included."
             elif len(key) < right:
                 yield f"{case} you keep {len(key)} tokens. The new one sees {right}, itself included."
-            elif not close(
-                attend_one(queries[n - 1], key, value),
-                windowed(queries, keys, values, n, window),
-            ):
+            elif not close(attend_one(queries[n - 1], key, value), windowed(queries, keys, values, n, window)):
                 yield f"{case} attention over what you keep is not attention over the last {right} tokens, in order."
 
 
@@ -319,10 +267,7 @@ def check_pack(answer: Any, random: random.Random) -> Iterator[str]:
             )
 
 
-@exercise(
-    4,
-    "This is the heart of speculative decoding: several tokens from one reading of the weights.",
-)
+@exercise(4, "This is the heart of speculative decoding: several tokens from one reading of the weights.")
 def check_verify(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
     for _ in range(3):
         model = TinyDecoder(random.randrange(1000))
@@ -353,7 +298,7 @@ def continued(model: TinyDecoder, token_ids: list[int], num_tokens: int) -> list
 
 def complaints_about_verify(got: Any, right: list[int], case: str, num_calls: int) -> Iterator[str]:
     if list(got) == right[:-1]:
-        yield f"{case} You return {list(got)}; after the right guesses comes one more token, which the model chose itself."
+        yield f"{case} You return {list(got)}; after the right guesses comes one more token, the model's own choice."
     elif list(got) != right:
         yield f"{case} So {right} is certain, and you return {list(got)}."
     elif num_calls > 1:
@@ -361,11 +306,7 @@ def complaints_about_verify(got: Any, right: list[int], case: str, num_calls: in
 
 
 def complaints_about_cache(
-    model: TinyDecoder,
-    cache: dict[int, tuple[torch.Tensor, torch.Tensor]],
-    text: list[int],
-    num_kept: int,
-    case: str,
+    model: TinyDecoder, cache: dict[int, tuple[torch.Tensor, torch.Tensor]], text: list[int], num_kept: int, case: str
 ) -> Iterator[str]:
     computed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     model.forward(text[:num_kept], computed)
