@@ -11,15 +11,19 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.lessons.chapter_03 import (
     CacheAware,
     draw_differences,
+    draw_turns,
     make_sequence,
     queue_at,
     serve,
     serve_customers,
     tokens_to_compute,
+    turns_of,
+    turns_text,
     wait,
 )
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.lessons.tiny import tiny_llm
+from nanovllm.viz.frames import Frames
 from tests.test_notebooks import read, verdict
 
 CHAPTER = NOTEBOOKS / "03_prefix_caching.ipynb"
@@ -69,6 +73,40 @@ def test_a_cell_is_drawn_for_each_key_that_differs():
     boxes = [[patch.get_xy() for patch in ax.patches] for ax in figure.axes]
     assert boxes[0] == [(2, 1), (3, 1)] and len(boxes[1]) == 10
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["first", "second"]
+
+
+@pytest.fixture(scope="module")
+def frames() -> Frames:
+    """Two people in a pool with room for one of them."""
+    llm = tiny_llm(num_kv_blocks=2, block_size=4)
+    with llm.trace() as trace:
+        for token in (5, 5, 6, 5):
+            params = SamplingParams(max_tokens=2, ignore_eos=True)
+            llm.generate([[token] * 5], params, use_tqdm=False)
+    llm.close()
+    return Frames(trace, names=dict(zip(trace.requests, "AABA")))
+
+
+def test_turns(frames):
+    assert [(t.name, t.num_cached_tokens, t.evicted, t.holds) for t in turns_of(frames)] == [
+        ("A", 0, [], {0: "A"}),
+        ("A", 4, [], {0: "A"}),
+        ("B", 0, ["A"], {1: "B"}),
+        ("A", 0, ["B"], {0: "A"}),
+    ]
+    assert turns_text({"Two people": frames}).splitlines() == [
+        "Two people",
+        "came      A  A  B  A",
+        "evicted   .  .  A  B",
+        "found     0  4  0  0",
+    ]
+
+
+def test_new_content_has_an_outline(frames):
+    (ax,) = draw_turns({"Two people": frames}).axes
+    assert ax.get_title(loc="left") == "Two people: 1 of 4 find something"
+    bold = [(int(p.get_x()), int(p.get_y())) for p in ax.patches if p.get_linewidth() > 2]
+    assert bold == [(0, 0), (2, 1), (3, 0)]
 
 
 def test_queue_at():

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ from nanovllm.engine.trace import Trace
 from nanovllm.lessons.checks import attempted, exercise
 from nanovllm.lessons.example import PROMPTS
 from nanovllm.lessons.tiny import tiny_llm
+from nanovllm.viz.frames import Frames
 from nanovllm.viz.theme import EMPTY, INK, QUIET, colour, hatch, ink_on, new_figure, styled
 
 # -- Pictures ----------------------------------------------------------------------------------------------------------
@@ -27,16 +28,31 @@ def draw_differences(panels: Mapping[str, torch.Tensor]) -> Figure:
     """Where keys differ: for each title a map of booleans, `[layers, tokens]`."""
     figure = new_figure(9, 2.9)
     with styled():
-        for ax, (title, differs) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+        for ax, (title, differs) in zip(
+            figure.subplots(1, len(panels), sharey=True, squeeze=False)[0],
+            panels.items(),
+        ):
             num_layers, num_tokens = differs.shape
             ax.set_facecolor(EMPTY)
             for layer, position in differs.nonzero().tolist():
                 ax.add_patch(
-                    Rectangle((position, layer), 1, 1, facecolor=colour("A"), edgecolor="white", linewidth=0.3)
+                    Rectangle(
+                        (position, layer),
+                        1,
+                        1,
+                        facecolor=colour("A"),
+                        edgecolor="white",
+                        linewidth=0.3,
+                    )
                 )
             ax.vlines(range(num_tokens + 1), 0, num_layers, color="white", linewidth=0.3)
             ax.vlines(range(0, num_tokens, 16), 0, num_layers, color=INK, linewidth=1)
-            ax.set(xlim=(0, num_tokens), ylim=(num_layers, 0), title=title, xlabel="position (a line: a block begins)")
+            ax.set(
+                xlim=(0, num_tokens),
+                ylim=(num_layers, 0),
+                title=title,
+                xlabel="position (a line: a block begins)",
+            )
             ax.set_xticks([0.5, 16.5, num_tokens - 0.5], [0, 16, num_tokens - 1])
             ax.set_yticks([0.5, num_layers - 0.5], [0, num_layers - 1])
             ax.set_ylabel("layer")
@@ -50,25 +66,50 @@ def draw_shared() -> Figure:
     """A and B in logical blocks, with their hashes, and the physical blocks that they lead to after one step."""
     llm = LLM(dtype="float32", num_kv_blocks=8)
     with llm.trace() as trace:
-        llm.generate([PROMPTS["A"], PROMPTS["B"]], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
+        llm.generate(
+            [PROMPTS["A"], PROMPTS["B"]],
+            SamplingParams(temperature=0, max_tokens=2),
+            use_tqdm=False,
+        )
     blocks, tables = trace.blocks_at(0), trace.block_tables_at(0)
     figure = new_figure(9, 3.6)
     with styled():
         ax = figure.subplots()
         for block in range(3):
-            draw_physical_block(ax, block, ["AB"[owner] for owner in blocks[block].owners], blocks[block].filled / 16)
+            draw_physical_block(
+                ax,
+                block,
+                ["AB"[owner] for owner in blocks[block].owners],
+                blocks[block].filled / 16,
+            )
         for row, request, name in ((2.1, 0, "A"), (-2.1, 1, "B")):
             token_ids = trace.requests[request].prompt_token_ids
             badge = dict(boxstyle="round,pad=0.25", facecolor=colour(name), edgecolor="none")
             ax.text(
-                -0.45, row, name, ha="center", va="center", fontweight="bold", color=ink_on(colour(name)), bbox=badge
+                -0.45,
+                row,
+                name,
+                ha="center",
+                va="center",
+                fontweight="bold",
+                color=ink_on(colour(name)),
+                bbox=badge,
             )
             for i, block in enumerate(tables[request]):
                 text = "".join(trace.text_of(token_id) for token_id in token_ids[16 * i : 16 * i + 16])
                 draw_logical_block(ax, LEFT[i], row, text, blocks[block].hash)
                 lean = 0.28 * (1 if row > 0 else -1)
-                start, end = (LEFT[i] + 2.4, row - 2.4 * lean), (BLOCKS[block] + WIDTH / 2, 1.7 * lean)
-                arrow = dict(arrowstyle="-|>", mutation_scale=13, linewidth=1.6, shrinkA=0, shrinkB=0)
+                start, end = (LEFT[i] + 2.4, row - 2.4 * lean), (
+                    BLOCKS[block] + WIDTH / 2,
+                    1.7 * lean,
+                )
+                arrow = dict(
+                    arrowstyle="-|>",
+                    mutation_scale=13,
+                    linewidth=1.6,
+                    shrinkA=0,
+                    shrinkB=0,
+                )
                 ax.add_patch(FancyArrowPatch(start, end, color=colour(name), zorder=3, **arrow))  # type: ignore[arg-type]
         ax.text(-0.45, 0, "KV\ncache", ha="center", va="center", fontsize=9, color=QUIET)
         ax.set(xlim=(-0.9, 10.2), ylim=(-2.9, 2.9))
@@ -103,6 +144,107 @@ def draw_physical_block(ax: Axes, number: int, owners: list[str], filled: float)
     ax.text(left + WIDTH + 0.12, 0, f"block {number}", va="center", fontsize=9, color=INK)
 
 
+class Turn(NamedTuple):
+    """A request comes: what it finds, whose content must go for it, and whose each block holds after its first step."""
+
+    name: str
+    num_cached_tokens: int
+    evicted: list[str]
+    holds: dict[int, str]
+
+
+def turns_of(frames: Frames) -> list[Turn]:
+    """The requests of a run in the order in which they came; for runs in which nobody is preempted."""
+    turns: list[Turn] = []
+    holds: dict[int, str] = {}
+    seen = set()
+    for step in frames.trace.steps:
+        evicted = [holds.pop(event.block) for event in step.block_events if event.kind == "evict"]
+        for event in step.block_events:
+            if event.kind == "cache" and event.request is not None:
+                holds[event.block] = frames.name(event.request)
+        for share in step.scheduled:
+            if share.id not in seen:
+                seen.add(share.id)
+                turns.append(
+                    Turn(
+                        frames.name(share.id),
+                        share.num_computed_tokens,
+                        evicted,
+                        dict(holds),
+                    )
+                )
+    return turns
+
+
+def turns_text(runs: Mapping[str, Frames]) -> str:
+    """Who came, whose content was evicted for it, and how many tokens it found; a column for each turn."""
+    lines = []
+    for title, turns in ((title, turns_of(frames)) for title, frames in runs.items()):
+        rows = {
+            "came": [turn.name for turn in turns],
+            "evicted": ["".join(turn.evicted) or "." for turn in turns],
+            "found": [str(turn.num_cached_tokens) for turn in turns],
+        }
+        lines += [
+            title,
+            *(f"{what:8}" + "".join(f"{text:>3}" for text in texts) for what, texts in rows.items()),
+        ]
+    return "\n".join(lines)
+
+
+def draw_turns(runs: Mapping[str, Frames]) -> Figure:
+    """A column for each turn: who comes, and whose content each block holds then; new content has a bold outline."""
+    figure = new_figure(9, 2.2 * len(runs))
+    with styled():
+        for ax, (title, frames) in zip(
+            figure.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0],
+            runs.items(),
+        ):
+            turns, num_blocks = turns_of(frames), frames.trace.num_blocks
+            before: dict[int, str] = {}
+            for column, turn in enumerate(turns):
+                for block in range(num_blocks):
+                    name = turn.holds.get(block, "")
+                    draw_content(
+                        ax,
+                        column,
+                        block,
+                        name,
+                        is_new=name not in ("", before.get(block)),
+                    )
+                words = f"{turn.name}\nfinds {turn.num_cached_tokens}"
+                ax.text(column + 0.5, -0.12, words, ha="center", va="bottom", fontsize=8)
+                before = turn.holds
+            num_hits = sum(turn.num_cached_tokens > 0 for turn in turns)
+            ax.set_title(f"{title}: {num_hits} of {len(turns)} find something", pad=32)
+            ax.set(
+                xlim=(0, max(len(turns_of(f)) for f in runs.values())),
+                ylim=(num_blocks, 0),
+                xticks=[],
+            )
+            ax.set_yticks(
+                [i + 0.5 for i in range(num_blocks)],
+                [f"block {i}" for i in range(num_blocks)],
+            )
+            ax.tick_params(length=0)
+            ax.spines[["left", "bottom"]].set_visible(False)
+    return figure
+
+
+def draw_content(ax: Axes, column: int, block: int, name: str, is_new: bool) -> None:
+    """Whose content a block holds in a turn: nobody's if `name` is empty."""
+    face: dict[str, Any] = dict(facecolor=colour(name), hatch=hatch(name)) if name else dict(facecolor=EMPTY)
+    place = (column + 0.04, block + 0.06), 0.92, 0.88
+    ax.add_patch(Rectangle(*place, edgecolor="white", linewidth=0, **face))
+    if name:
+        plate = dict(boxstyle="round,pad=0.15", facecolor=colour(name), edgecolor="none")
+        style: dict[str, Any] = dict(fontsize=8, fontweight="bold", color=ink_on(colour(name)), bbox=plate)
+        ax.text(column + 0.5, block + 0.5, name, ha="center", va="center", **style)
+    if is_new:
+        ax.add_patch(Rectangle(*place, facecolor="none", edgecolor=INK, linewidth=2.2))
+
+
 # -- Runs without a model ----------------------------------------------------------------------------------------------
 
 
@@ -115,8 +257,8 @@ def queue_at(trace: Trace, index: int) -> list[int]:
 def serve_customers(system_prompt: int, block_size: int, order: str, pool: int) -> tuple[int, int]:
     """Four services with a system prompt each, six customers a service, one at a time, in a pool of so many slots.
 
-    The real scheduler and block manager decide; there is no model. Returns the prompt tokens found in the cache, and all
-    of them.
+    The real scheduler and block manager decide; there is no model. Returns how many prompt tokens were found in the
+    cache, and how many there were.
     """
     draw = random.Random(0)
     services = [service for service in range(4) for _ in range(6)]  # one after another
@@ -144,7 +286,12 @@ def serve(policy: Callable[..., Scheduler], prompts: list[list[int]], blocks: Bl
 
 def make_sequence(id: int, prompt: list[int], salt: str | None = None) -> Sequence:
     """A request for one token, for a block manager or a scheduler that runs without a model."""
-    return Sequence(id, prompt, SamplingParams(max_tokens=1, ignore_eos=True, cache_salt=salt), len(prompt) + 1)
+    return Sequence(
+        id,
+        prompt,
+        SamplingParams(max_tokens=1, ignore_eos=True, cache_salt=salt),
+        len(prompt) + 1,
+    )
 
 
 # -- Exercise checks ---------------------------------------------------------------------------------------------------
@@ -181,7 +328,10 @@ def tokens_to_compute(num_tokens: int, num_shared: int, block_size: int) -> int:
     return num_tokens - num_hits * block_size
 
 
-@exercise(2, "A hash is where to look. What lies there is told by its tokens, and by what came before them.")
+@exercise(
+    2,
+    "A hash is where to look. What lies there is told by its tokens, and by what came before them.",
+)
 def check_holds(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
     class Reader(WeakHash):
         def _holds(self, block_id: int, parent: int | str, token_ids: list[int]) -> bool:
@@ -234,7 +384,10 @@ def admit(blocks: BlockManager, seq: Sequence) -> list[int]:
     return hits
 
 
-@exercise(3, "Nobody told you, and you know. Where the victim had a salt, there was nothing to see.")
+@exercise(
+    3,
+    "Nobody told you, and you know. Where the victim had a salt, there was nothing to see.",
+)
 def check_spy(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
     for salt in (None, None, "red", None, "red"):
         llm = tiny_llm(num_kv_blocks=64)
@@ -271,7 +424,10 @@ def attempted_spy(value: Any) -> Any:
     return None if value is None else attempted(value)
 
 
-@exercise(4, "This is the idea of SGLang's cache-aware scheduling: the order of the requests is a part of the cache.")
+@exercise(
+    4,
+    "This is the idea of SGLang's cache-aware scheduling: the order of the requests is a part of the cache.",
+)
 def check_cache_aware(answer: Any, random: random.Random) -> Iterator[str]:
     policy = attempted(answer)
     if not (isinstance(policy, type) and issubclass(policy, Scheduler)):
@@ -295,7 +451,11 @@ class CacheAware(Scheduler):
     """What exercise 4 asks for."""
 
     def schedule(self) -> Batch:
-        by_hits = sorted(self.waiting, key=lambda seq: len(self.block_manager.find(seq)), reverse=True)
+        by_hits = sorted(
+            self.waiting,
+            key=lambda seq: len(self.block_manager.find(seq)),
+            reverse=True,
+        )
         self.waiting.clear()
         self.waiting.extend(by_hits)
         return super().schedule()
