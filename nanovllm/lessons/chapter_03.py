@@ -103,14 +103,8 @@ def draw_shared() -> Figure:
                     BLOCKS[block] + WIDTH / 2,
                     1.7 * lean,
                 )
-                arrow = dict(
-                    arrowstyle="-|>",
-                    mutation_scale=13,
-                    linewidth=1.6,
-                    shrinkA=0,
-                    shrinkB=0,
-                )
-                ax.add_patch(FancyArrowPatch(start, end, color=colour(name), zorder=3, **arrow))  # type: ignore[arg-type]
+                style: dict[str, Any] = dict(arrowstyle="-|>", mutation_scale=13, linewidth=1.6, shrinkA=0, shrinkB=0)
+                ax.add_patch(FancyArrowPatch(start, end, color=colour(name), zorder=3, **style))
         ax.text(-0.45, 0, "KV\ncache", ha="center", va="center", fontsize=9, color=QUIET)
         ax.set(xlim=(-0.9, 10.2), ylim=(-2.9, 2.9))
         ax.axis("off")
