@@ -1,6 +1,7 @@
 """What chapter 04 shares: percentiles, the picture of slots, the exercise checks on wrong answers, figures in the text."""
 
 import random
+import re
 
 import pytest
 
@@ -60,6 +61,32 @@ def test_the_opening_picture_shows_what_its_text_says():
     assert "64 of 136 above, 20 of 92 below" in " ".join(title.split())
 
 
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?<!,)")
+DERIVED = {
+    "136": "steps × slots, tested above",
+    "408": "400 + 8",
+    "6.6": "400 / 61",
+    "108000": "chapter 02, rounded",
+    "277000": "chapter 02, rounded",
+}
+
+
+def numbers(text: str) -> set[str]:
+    return {number.replace(",", "") for number in NUMBER.findall(text)}
+
+
+def test_the_numbers_of_the_prose_are_seen():
+    """In an output, or in the code that made it. So prose goes stale with a failing test."""
+    cells = read(CHAPTER).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    outputs = [output.get("text") or output.data["text/plain"] for cell in code for output in cell.outputs]
+    shown = numbers("\n".join([*outputs, *(cell.source for cell in code)]))
+    for cell in cells:
+        if cell.cell_type == "markdown" and cell.id != "navigation":
+            prose = re.sub(r"[Cc]hapters?\s\d\d|\b20[12]\d\b|!\[.*?\]|# 04", "", cell.source)
+            assert numbers(prose) - shown - DERIVED.keys() == set(), cell.id
+
+
 # -- Exercises ---------------------------------------------------------------------------------------------------------
 
 AGEING = """class Ageing(Scheduler):
@@ -103,6 +130,7 @@ WRONG = [
         "        return False", "nobody runs"),
     (3, "Cheapest = 3", "Give the class"),
     (4, AGEING.format(key="seq.max_num_tokens"), "starves: in step"),
+    (4, AGEING.format(key="seq.max_num_tokens - 0.1 * (self.now - self.since[seq.id])"), "starves: in step"),
     (4, AGEING.format(key="self.since[seq.id]"), "the short ones gain nothing"),
     (4, AGEING.format(key="-seq.max_num_tokens"), "Waiting must count"),
     (4, "class Ageing(Scheduler):\n"
