@@ -9,14 +9,19 @@ from nanovllm import SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.kernels import torch_attention
 from nanovllm.lessons.chapter_02 import (
     SharedPool,
+    alone,
     append,
     blocks_as_slots,
+    draw_programs,
     draw_slots,
+    made_up_decodes,
     make_sequence,
     slot_map,
     watch_attention,
+    what_programs_read,
 )
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.lessons.tiny import tiny_llm
@@ -41,6 +46,32 @@ def test_watch_attention_keeps_what_each_step_gave_and_got():
     assert not torch.equal(calls[0].k_cache, calls[1].k_cache)  # copies: later steps do not change them
     llm.generate([[5]], params, use_tqdm=False)
     assert len(calls) == 3
+
+
+def test_made_up_decodes_alone_and_together():
+    call = made_up_decodes([100, 20, 16])
+    assert call.context.context_lens.tolist() == [100, 20, 16] and len(call.k_cache) == 7 + 2 + 1
+    assert torch.equal(call.k_cache.flatten(0, 1)[call.context.slot_mapping], call.key)
+    for i in range(3):
+        one = alone(call, i)
+        one.context.plan = torch_attention.plan(one.context, one.k_cache)
+        output = torch_attention.attend(one.query, one.k_cache, one.v_cache, one.context, one.scale)
+        torch.testing.assert_close(output, call.output[i : i + 1])
+
+
+def test_what_programs_read():
+    call = made_up_decodes([20, 5])
+    first, second = call.context.block_tables[0].tolist()
+    other, _ = call.context.block_tables[1].tolist()
+    reads = {(0, 1, 0): [other * 16 + i for i in range(5)], (0, 0, 1): [second * 16 + i for i in range(4)]}
+    assert what_programs_read(call, reads, "EF") == {(0, 0, 1): ("E", range(16, 20)), (0, 1, 0): ("F", range(5))}
+    with pytest.raises(AssertionError):
+        what_programs_read(call, {(0, 0, 0): [first * 16, other * 16]}, "EF")
+
+
+def test_a_box_is_drawn_for_each_program():
+    left, right = draw_programs({"one": {"A": [range(3)]}, "two": {"E, x": [range(9), range(9, 12)]}}).axes
+    assert [len(ax.patches) for ax in (left, right)] == [1, 2] and right.get_xlim() == (0, 12)
 
 
 # -- Maps of slots -----------------------------------------------------------------------------------------------------

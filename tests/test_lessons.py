@@ -205,6 +205,15 @@ def test_guard_accepts_a_good_notebook(tmp_path):
     assert faulty(tmp_path, lambda notebook: None) == []
 
 
+def test_cells_that_go_deeper_count_for_themselves(tmp_path):
+    def go_deeper(notebook):
+        deeper = [new_markdown_cell("text", id=f"deeper-text-{i}") for i in range(20)]
+        notebook.cells += [*deeper, new_code_cell("1\n" * 30, execution_count=20, id="deeper-long")]
+        notebook.cells[2].update(source="1\n" * 30)
+
+    assert faulty(tmp_path, go_deeper) == []
+
+
 def set_output(**fields):
     def change(notebook):
         notebook.cells[2].outputs[0].update(fields)

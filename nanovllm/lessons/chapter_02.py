@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
@@ -18,6 +19,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
+from nanovllm.kernels import torch_attention
 from nanovllm.layers.attention import Attention
 from nanovllm.lessons.checks import attempted, exercise
 from nanovllm.lessons.example import PROMPTS
@@ -67,6 +69,111 @@ def watch_attention(llm: LLM, layer: int = 0) -> Iterator[list[AttentionCall]]:
         yield calls
     finally:
         hook.remove()
+
+
+def made_up_decodes(context_lens: list[int], seed: int = 0) -> AttentionCall:
+    """A step that no model made: a decode for each context length, with random numbers in blocks that lie anywhere."""
+    numbers = torch.Generator().manual_seed(seed)
+    n, block_size, num_heads, num_kv_heads, head_dim = len(context_lens), 16, 9, 3, 64
+    num_blocks = [-(-context_len // block_size) for context_len in context_lens]
+    blocks = torch.randperm(sum(num_blocks), generator=numbers).to(torch.int32).split(num_blocks)
+    tables = torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True)
+    k_cache, v_cache = torch.randn(2, sum(num_blocks), block_size, num_kv_heads, head_dim, generator=numbers)
+    lens, rows = torch.tensor(context_lens, dtype=torch.int32), torch.arange(n)
+    last = lens.long() - 1
+    slots = tables[rows, last // block_size].long() * block_size + last % block_size
+    context = Context(block_size, n, torch.arange(n + 1, dtype=torch.int32), lens, tables, slots)
+    query = torch.randn(n, num_heads, head_dim, generator=numbers)
+    context.plan = torch_attention.plan(context, k_cache)
+    scale = head_dim**-0.5
+    output = torch_attention.attend(query, k_cache, v_cache, context, scale)
+    key, value = (cache.flatten(0, 1)[slots] for cache in (k_cache, v_cache))
+    return AttentionCall(query, key, value, k_cache, v_cache, context, scale, output)
+
+
+def alone(call: AttentionCall, i: int) -> AttentionCall:
+    """The step as it would be with its decode `i` alone."""
+    here, context = slice(i, i + 1), call.context
+    context = replace(
+        context,
+        num_decodes=1,
+        query_start=context.query_start[:2],
+        context_lens=context.context_lens[here],
+        block_tables=context.block_tables[here],
+        slot_mapping=context.slot_mapping[here],
+        plan=None,
+    )
+    query, key, value, output = (t[here] for t in (call.query, call.key, call.value, call.output))
+    return replace(call, query=query, key=key, value=value, context=context, output=output)
+
+
+# -- What the programs of a Triton kernel read -------------------------------------------------------------------------
+
+Program = tuple[int, int, int]  # its number in each direction of the grid
+
+
+@contextmanager
+def watch_programs(cache: torch.Tensor) -> Iterator[dict[Program, list[int]]]:
+    """Record the slots of `cache` that each program of a kernel reads, for the duration of a `with` block.
+
+    For Triton's interpreter, on a CPU. A slot is there once for each time that a program reads from it.
+    """
+    from triton.runtime.interpreter import interpreter_builder  # there is no Triton outside Linux
+
+    reads: dict[Program, list[int]] = {}
+    load = interpreter_builder.create_masked_load
+    start, slot_bytes = cache.data_ptr(), cache.stride(1) * cache.element_size()
+
+    def record(pointers: Any, mask: Any, *args: Any) -> Any:
+        slots = np.unique((pointers.data[mask.data] - np.uint64(start)) // np.uint64(slot_bytes))
+        slots = slots[slots < cache.size(0) * cache.size(1)]  # what lies before the cache is far beyond it: unsigned
+        if slots.size:
+            reads.setdefault(tuple(interpreter_builder.grid_idx), []).extend(slots.tolist())
+        return load(pointers, mask, *args)
+
+    interpreter_builder.create_masked_load = record
+    try:
+        yield reads
+    finally:
+        interpreter_builder.create_masked_load = load
+
+
+def what_programs_read(
+    call: AttentionCall, reads: Mapping[Program, list[int]], names: str
+) -> dict[Program, tuple[str, range]]:
+    """Whose context each program reads, and which positions of it; `names` are those of the step's requests."""
+    size = call.context.block_size
+    owner = {
+        block * size + offset: (name, i * size + offset)
+        for name, table, context_len in zip(names, call.context.block_tables.tolist(), call.context.context_lens)
+        for i, block in enumerate(table[: -(-int(context_len) // size)])
+        for offset in range(size)
+    }
+    found = {}
+    for program, slots in sorted(reads.items()):
+        owners, positions = zip(*(owner[slot] for slot in slots))
+        assert len(set(owners)) == 1 and sorted(positions) == list(range(min(positions), max(positions) + 1))
+        found[program] = owners[0], range(min(positions), max(positions) + 1)
+    return found
+
+
+def draw_programs(panels: Mapping[str, Mapping[str, list[range]]]) -> Figure:
+    """Panels side by side. A line's label begins with the name of a request; each of its ranges is a program."""
+    figure = new_figure(9, 3.4)
+    with styled():
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (title, lines) in zip(axes, panels.items()):
+            for y, (label, programs) in enumerate(lines.items()):
+                for positions in programs:
+                    box = Rectangle((positions.start, y - 0.42), len(positions), 0.84)
+                    box.set(facecolor=colour(label), hatch=hatch(label), edgecolor="white", linewidth=1.5)
+                    ax.add_patch(box)
+            ax.set(xlim=(0, max(p.stop for line in lines.values() for p in line)), ylim=(len(lines) - 0.4, -0.6))
+            ax.set_yticks(range(len(lines)), list(lines), fontsize=8.5)
+            ax.tick_params(axis="y", length=0)
+            ax.set_title(title, fontsize=10)
+            ax.set_xlabel("position in the context")
+    return figure
 
 
 # -- Maps of a row of slots --------------------------------------------------------------------------------------------
