@@ -5,10 +5,7 @@ runs itself once more, in a process of its own, for that backend alone.
 """
 
 import itertools
-import os
 import random
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,10 +16,10 @@ from nanovllm.kernels.check import check, choose_backend
 from nanovllm.kernels.torch_attention import MAX_PADDING, group_by_length
 from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import use_context
+from tests import interpreter
 from tests.paged import make_context, slots_of
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
+if interpreter.IS_ON:
     WHERE = [("triton", "cpu")]
 else:
     WHERE = [("torch", "cpu")] + [("torch", "cuda"), ("triton", "cuda")] * torch.cuda.is_available()
@@ -149,6 +146,13 @@ def test_lengths_around_the_ends_of_blocks_tiles_and_splits(backend, device):
 
 
 @on_every_backend
+def test_a_context_of_more_pieces_than_there_may_be(backend, device, monkeypatch):
+    if backend == "triton":
+        monkeypatch.setattr(get_backend(backend, device), "SPLIT_SIZE", 64)  # 16 pieces hold 1,024 tokens
+    check_attention([1] * 4, [1024, 1025, 1500, 70], num_heads=2, num_kv_heads=1, backend=backend, device=device)
+
+
+@on_every_backend
 def test_a_long_decode_beside_a_short_one(backend, device):
     """The long context is split in eight, the short one is not."""
     check_attention([1, 1], [4096, 3], num_heads=2, num_kv_heads=1, backend=backend, device=device)
@@ -224,7 +228,7 @@ def test_unknown_backend_is_named():
         get_backend("flsh")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter is on")
+@pytest.mark.skipif(interpreter.IS_ON, reason="the interpreter is on")
 def test_triton_on_a_cpu_is_refused():
     with pytest.raises(
         ValueError, match="'triton' needs an NVIDIA GPU; on a CPU use 'torch', or .* TRITON_INTERPRET=1"
@@ -261,7 +265,7 @@ SHARED_MEMORY = {
 }  # bytes a program may have: T4, A100, RTX 4090, H100
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.skipif(interpreter.IS_ON, reason="the interpreter does not compile")
 @pytest.mark.parametrize("head_dim, is_chunk", [(128, False), (128, True), (256, True)])
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_kernels_compile_for_gpus_that_are_not_here(capability, head_dim, is_chunk):
@@ -270,12 +274,12 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, head_dim, is_chu
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nanovllm.kernels.triton_attention import MIN_ROWS, SPLIT_SIZE, attend_kernel, program_size
+    from nanovllm.kernels.triton_attention import MAX_SPLITS, MIN_ROWS, SPLIT_SIZE, attend_kernel, program_size
 
     dtype, name = (torch.bfloat16, "*bf16") if capability >= 80 else (torch.float16, "*fp16")
     rows, tile = program_size(head_dim, dtype, divmod(capability, 10))
     constants = dict(GROUP=2, BLOCK_SIZE=16, ROWS=rows if is_chunk else MIN_ROWS, TILE=tile, SPLIT_SIZE=SPLIT_SIZE)
-    constants |= dict(HEAD_DIM=head_dim, PADDED_DIM=head_dim)
+    constants |= dict(MAX_SPLITS=MAX_SPLITS, HEAD_DIM=head_dim, PADDED_DIM=head_dim)
     pointers = dict.fromkeys(("query", "k_cache", "v_cache", "output"), name)
     pointers |= dict.fromkeys(("pieces", "weights"), "*fp32")
     pointers |= dict.fromkeys(("query_start", "context_lens", "block_tables"), "*i32")
@@ -292,9 +296,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, head_dim, is_chu
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the process of its own")
+@pytest.mark.skipif(interpreter.IS_ON, reason="this is the process of its own")
 def test_triton_in_the_interpreter():
     """All of the above for Triton's kernels, on a CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    interpreter.run_tests_of(__file__)

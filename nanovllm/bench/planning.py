@@ -25,6 +25,7 @@ def measure_planning(report: Report, size: "Size") -> None:
     engine = llm.engine
     parts = [
         ("schedule", engine.scheduler, "schedule"),
+        ("prepare", engine.model_runner, "collect"),
         ("prepare", engine.model_runner, "prepare"),
         ("update", engine.scheduler, "update"),
     ]

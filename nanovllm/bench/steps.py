@@ -144,6 +144,7 @@ def parts_of(llm: LLM) -> list[tuple[str, Any, str]]:
     return layers + [
         ("sampling", engine.model_runner, "sample"),
         ("planning", engine.scheduler, "schedule"),
+        ("planning", engine.model_runner, "collect"),
         ("planning", engine.model_runner, "prepare"),
         ("planning", engine.scheduler, "update"),
     ]

@@ -1,8 +1,10 @@
 """The model runner: a scheduled batch becomes tensors, the tensors become logits, the logits become tokens."""
 
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +16,12 @@ from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.check import choose_backend
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.sampler import SamplingBatch, sample, top_logprobs, uniform_numbers
+from nanovllm.layers.sampler import SamplingBatch, random_bits, sample, top_logprobs, uniform_numbers
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.loader import build_model
+
+if TYPE_CHECKING:  # it needs Triton, so only a GPU's engine imports it
+    from nanovllm.engine.cuda_graphs import StepGraphs
 
 
 class LaunchedStep:
@@ -30,6 +35,18 @@ class LaunchedStep:
     def tokens(self) -> list[int]:
         """The sampled tokens, one for each scheduled sequence with `samples`, in the order of the batch."""
         return self._token_ids.tolist()
+
+
+@dataclass(slots=True)
+class StepTokens:
+    """The tokens of a step on the host, sequence after sequence."""
+
+    rows: np.ndarray  # [num_seqs]: where each sequence's block table and settings stand
+    num_new: np.ndarray  # [num_seqs]: tokens of each
+    context_lens: np.ndarray  # [num_seqs]: tokens each can look back on, the new ones included
+    owner: np.ndarray  # [num_tokens]: whose each token is
+    positions: np.ndarray  # [num_tokens]: where in its sequence it stands
+    input_ids: np.ndarray  # [num_tokens]
 
 
 class ModelRunner:
@@ -56,7 +73,8 @@ class ModelRunner:
             layer.bind(backend, k_cache, v_cache)
 
         # A row for each sequence that runs. None can be longer than the cache, so neither need its block table be.
-        max_num_blocks = min(self.num_blocks, -(-hf_config.max_position_embeddings // config.block_size))
+        longest = config.max_model_len or hf_config.max_position_embeddings
+        max_num_blocks = min(self.num_blocks, -(-longest // config.block_size))
         num_rows = config.max_num_seqs
         self.block_tables = np.zeros((num_rows, max_num_blocks), np.int32)
         self.num_copied_blocks = [0] * num_rows
@@ -65,6 +83,27 @@ class ModelRunner:
         self.top_p = np.zeros(num_rows, np.float32)
         self.min_p = np.zeros(num_rows, np.float32)
         self.seed = np.zeros(num_rows, np.int64)
+        self.truncates = np.zeros(num_rows, bool)  # draws at random, from fewer tokens than all
+
+        self.has_sampling_kernel = self.device.type == "cuda" and backend.__name__.endswith("triton_attention")
+        has_graphs = self.has_sampling_kernel and not config.enforce_eager
+        self.graphs = self.capture_graphs(config, hf_config) if has_graphs else None
+
+    def capture_graphs(self, config: Config, hf_config: PretrainedConfig) -> "StepGraphs":
+        from nanovllm.engine.cuda_graphs import StepGraphs
+
+        return StepGraphs(
+            self.model,
+            self.block_size,
+            self.num_blocks,
+            num_rows=config.max_num_seqs,
+            max_num_blocks=self.block_tables.shape[1],
+            max_num_tokens=min(config.max_num_batched_tokens, 512),
+            max_num_seqs=min(config.max_num_seqs, 512),
+            hidden_size=hf_config.hidden_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> LaunchedStep:
@@ -74,58 +113,75 @@ class ModelRunner:
         """
         start = perf_counter()
         batch.scheduled.sort(key=lambda s: s.num_new_tokens > 1)
-        input_ids, positions, context = self.prepare(batch)
-        prepared = perf_counter()
-        with use_context(context):
-            hidden_states = self.model(input_ids, positions)  # [num_tokens, hidden_size]
-        samples = torch.tensor([s.samples for s in batch.scheduled], device=self.device)
-        last_tokens = context.query_start[1:][samples] - 1
-        seqs = [s.seq for s in batch.scheduled if s.samples]
-        if seqs:  # none if all are in the middle of a long prompt
-            logits = self.model.compute_logits(hidden_states[last_tokens])  # type: ignore[operator]  # [num_sampled, vocab_size]
+        tokens = self.collect(batch)
+        if self.graphs is not None and len(tokens.input_ids) <= self.graphs.buckets[-1]:
+            prepared = perf_counter()
+            rows = tokens.rows[tokens.owner]
+            hidden_states = self.graphs.replay(tokens.input_ids, tokens.positions, rows)  # [num_tokens, hidden_size]
+        else:
+            input_ids, positions, context = self.prepare(tokens)
+            prepared = perf_counter()
+            with use_context(context):
+                hidden_states = self.model(input_ids, positions)  # [num_tokens, hidden_size]
         computed = perf_counter()
-        launched = self.sample(seqs, logits) if seqs else LaunchedStep(last_tokens, {})
+        launched = self.sample(batch, np.cumsum(tokens.num_new) - 1, hidden_states)
         sampled = perf_counter()
         launched.times = {"prepare": prepared - start, "forward": computed - prepared, "sample": sampled - computed}
         return launched
 
-    def prepare(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Context]:
-        """The tensors of a step: token ids and positions, `[num_tokens]` each, and what attention must know."""
+    def collect(self, batch: Batch) -> StepTokens:
+        """The tokens of a step; block tables that have grown are brought up to date."""
         scheduled = batch.scheduled
         for seq in batch.admitted:
             self.fill_row(seq)
+        if batch.admitted and self.graphs is not None:
+            rows = np.array([seq.row for seq in batch.admitted])
+            self.graphs.write(self.graphs.temperature, rows, self.temperature[rows])
+        grown: list[tuple[int, int]] = []  # (row, entry) of new blocks
         for s in scheduled:
             row, block_table = s.seq.row, s.seq.block_table
             copied = self.num_copied_blocks[row]
             if copied < len(block_table):
                 self.block_tables[row, copied : len(block_table)] = block_table[copied:]
                 self.num_copied_blocks[row] = len(block_table)
+                grown += [(row, i) for i in range(copied, len(block_table))]
+        if grown and self.graphs is not None:
+            rows, entries = np.array(grown).T
+            places = rows * self.block_tables.shape[1] + entries
+            self.graphs.write(self.graphs.block_tables.view(-1), places, self.block_tables[rows, entries])
 
-        rows = np.array([s.seq.row for s in scheduled])
         starts = np.array([s.num_computed_tokens for s in scheduled])
         num_new = np.array([s.num_new_tokens for s in scheduled])
-        context_lens = starts + num_new
-        query_start = np.concatenate([[0], np.cumsum(num_new)])
-        # From here on one entry a token: whose it is, where in its sequence it stands, where its K/V will lie.
-        owner = np.repeat(np.arange(len(scheduled)), num_new)  # [num_tokens]
-        positions = np.arange(query_start[-1]) - query_start[owner] + starts[owner]  # [num_tokens]
-        block_tables = self.block_tables[rows, : -(-context_lens.max() // self.block_size)]  # [num_seqs, max_blocks]
-        blocks = block_tables[owner, positions // self.block_size].astype(np.int64)  # [num_tokens]
-        slots = blocks * self.block_size + positions % self.block_size  # [num_tokens]
+        # From here on one entry a token.
+        owner = np.repeat(np.arange(len(scheduled)), num_new)
+        first = np.cumsum(num_new) - num_new  # [num_seqs]: each sequence's first token in the batch
         token_ids = [
             s.seq.token_ids[s.num_computed_tokens : s.num_computed_tokens + s.num_new_tokens] for s in scheduled
         ]
+        return StepTokens(
+            rows=np.array([s.seq.row for s in scheduled]),
+            num_new=num_new,
+            context_lens=starts + num_new,
+            owner=owner,
+            positions=np.arange(len(owner)) - first[owner] + starts[owner],
+            input_ids=np.fromiter(chain.from_iterable(token_ids), np.int64, len(owner)),
+        )
 
+    def prepare(self, tokens: StepTokens) -> tuple[torch.Tensor, torch.Tensor, Context]:
+        """The tensors of a step: token ids and positions, `[num_tokens]` each, and what attention must know."""
+        positions, context_lens = tokens.positions, tokens.context_lens
+        block_tables = self.block_tables[tokens.rows, : -(-context_lens.max() // self.block_size)]
+        blocks = block_tables[tokens.owner, positions // self.block_size].astype(np.int64)  # [num_tokens]
+        slots = blocks * self.block_size + positions % self.block_size  # [num_tokens]: where each one's K/V will lie
         context = Context(
             block_size=self.block_size,
-            num_decodes=int((num_new == 1).sum()),
-            query_start=self.to_device(query_start.astype(np.int32)),
+            num_decodes=int((tokens.num_new == 1).sum()),
+            query_start=self.to_device(np.concatenate([[0], np.cumsum(tokens.num_new)]).astype(np.int32)),
             context_lens=self.to_device(context_lens.astype(np.int32)),
-            block_tables=self.to_device(block_tables),
+            block_tables=self.to_device(block_tables),  # [num_seqs, max_blocks]
             slot_mapping=self.to_device(slots),
         )
-        input_ids = np.fromiter(chain.from_iterable(token_ids), np.int64, len(owner))
-        return self.to_device(input_ids), self.to_device(positions), context
+        return self.to_device(tokens.input_ids), self.to_device(positions), context
 
     def fill_row(self, seq: Sequence) -> None:
         """A sequence was admitted: write its sampling settings, and forget the block table of who had the row before."""
@@ -134,15 +190,23 @@ class ModelRunner:
         self.num_copied_blocks[row] = 0
         self.temperature[row], self.top_k[row] = params.temperature, params.top_k
         self.top_p[row], self.min_p[row], self.seed[row] = params.top_p, params.min_p, params.seed
+        self.truncates[row] = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
 
-    def sample(self, seqs: list[Sequence], logits: torch.Tensor) -> LaunchedStep:
-        """Choose the next token of each sequence. `logits` is `[num_sampled, vocab_size]`."""
+    def sample(self, batch: Batch, last: np.ndarray, hidden_states: torch.Tensor) -> LaunchedStep:
+        """Choose the next token of each sequence that samples. `last` says where each one's last token stands."""
+        seqs = [s.seq for s in batch.scheduled if s.samples]
+        if not seqs:  # all are in the middle of a long prompt
+            return LaunchedStep(torch.empty(0, dtype=torch.int64), {})
+        at = last[[s.samples for s in batch.scheduled]]  # [num_sampled]
         rows = np.array([seq.row for seq in seqs])
         positions = np.array([seq.num_tokens - 1 for seq in seqs])  # where the new token will stand
-        uniform = uniform_numbers(self.seed[rows], positions)
-        settings = (self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows])
-        token_ids = sample(logits, SamplingBatch.from_host(*settings, uniform, self.device))  # [num_sampled]
+        is_simple = not self.truncates[rows].any() and all(seq.params.logprobs is None for seq in seqs)
+        if is_simple and self.graphs is not None and self.graphs.samples_at_once(len(at)):
+            keys = random_bits(self.seed[rows], positions).view(np.int64)
+            return LaunchedStep(self.graphs.sample(hidden_states, at, rows, keys), {})
 
+        logits = self.model.compute_logits(hidden_states[self.to_device(at)])  # type: ignore[operator]  # [num_sampled, vocab_size]
+        token_ids = self.choose(logits, rows, positions)
         logprobs = {}
         for i, seq in enumerate(seqs):
             if seq.params.logprobs is not None:
@@ -150,6 +214,30 @@ class ModelRunner:
                 logprobs[seq.id] = dict(zip(best_ids[0].tolist(), best[0].tolist()))
                 logprobs[seq.id].setdefault(int(token_ids[i]), chosen.item())
         return LaunchedStep(token_ids, logprobs)
+
+    def choose(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        """A token for each row of the logits, by the settings in `rows` of the tables: `[num_sampled]` int64.
+
+        On a GPU the one kernel that reads the logits once takes all rows that it can, whoever else is in the batch, so
+        that a request's random numbers are the same in every batch.
+        """
+        uniform = uniform_numbers(self.seed[rows], positions)
+        if not self.has_sampling_kernel:
+            return sample(logits, SamplingBatch.from_host(*self.settings(rows), uniform, self.device))
+        from nanovllm.kernels import triton_sampler
+
+        keys = self.to_device(random_bits(self.seed[rows], positions).view(np.int64))
+        token_ids = triton_sampler.sample(logits, self.to_device(self.temperature[rows]), keys)
+        (others,) = self.truncates[rows].nonzero()
+        if len(others):
+            at, rows = self.to_device(others), rows[others]
+            few = SamplingBatch.from_host(*self.settings(rows), uniform[others], self.device)
+            token_ids[at] = sample(logits[at], few)
+        return token_ids
+
+    def settings(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Temperature, top-k, top-p and min-p of some rows."""
+        return self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows]
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -8,11 +8,15 @@ A backend is a module with four functions; `torch_attention` is the reference, w
     attend(query, k_cache, v_cache, context, scale)         attention of the new tokens to all before them
 """
 
+import logging
 import os
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = {"torch": "nanovllm.kernels.torch_attention", "triton": "nanovllm.kernels.triton_attention"}
 
@@ -30,3 +34,16 @@ def get_backend(name: str, device: torch.device | str = "cpu") -> ModuleType:
         return import_module(BACKENDS[name])
     except ImportError as error:
         raise ValueError(f"attention_backend={name!r} cannot be imported here: {error}; use 'torch'") from error
+
+
+@cache
+def fused_layers() -> ModuleType | None:
+    """The small operations of a layer as Triton kernels; None where Triton does not work. For tensors on a GPU only."""
+    try:
+        module = import_module("nanovllm.kernels.triton_layers")
+        ones = torch.ones(1, 16, device="cuda")
+        module.rms_norm(ones, ones[0], 1e-6)
+        return module
+    except Exception as error:  # whatever a compiler or a driver may raise
+        logger.warning("Triton does not work here, norms and activations take PyTorch's kernels: %s", error)
+        return None

@@ -31,8 +31,9 @@ from nanovllm.utils.context import Context
 
 __all__ = ["allocate", "attend", "plan", "store"]
 
-# A decode takes a piece of its context for each so many tokens.
+# A decode takes a piece of its context for each so many tokens, and at most so many pieces.
 SPLIT_SIZE = 512
+MAX_SPLITS = 16
 
 # Tensor cores multiply no fewer rows than this.
 MIN_ROWS = 16
@@ -59,7 +60,7 @@ def plan(context: Context, k_cache: torch.Tensor) -> Plan:
     if len(context.context_lens) == context.num_decodes:
         rows = MIN_ROWS
     width = context.block_tables.size(1) * context.block_size
-    return Plan(rows, tile, max_splits=triton.cdiv(width, SPLIT_SIZE))
+    return Plan(rows, tile, max_splits=min(triton.cdiv(width, SPLIT_SIZE), MAX_SPLITS))
 
 
 def program_size(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[int, int]:
@@ -121,7 +122,12 @@ def attend(
     # What the pieces of split contexts give: an output each, and how much it weighs.
     pieces = query.new_empty(num_decodes, num_heads, max_splits, head_dim, dtype=torch.float32)
     weights = query.new_empty(num_decodes, num_heads, max_splits, dtype=torch.float32)
-    sizes = dict(SPLIT_SIZE=SPLIT_SIZE, HEAD_DIM=head_dim, PADDED_DIM=max(16, triton.next_power_of_2(head_dim)))
+    sizes = dict(
+        SPLIT_SIZE=SPLIT_SIZE,
+        MAX_SPLITS=MAX_SPLITS,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
+    )
     # Chunks begin at any token, and each leaves its last tile part empty: so many tiles hold them at most.
     num_tiles = (num_tokens - num_decodes) // (rows // group) + num_seqs - num_decodes
     attend_kernel[(num_kv_heads, num_decodes + num_tiles, max_splits if num_decodes else 1)](
@@ -147,10 +153,11 @@ def attend(
 
 
 @triton.jit
-def split_of(context_len, SPLIT_SIZE: tl.constexpr):
+def split_of(context_len, SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr):
     """Into how many pieces a context is split, and how many tokens each has: nearly the same, a multiple of 64."""
-    num_splits = tl.cdiv(context_len, SPLIT_SIZE)
-    return num_splits, tl.cdiv(tl.cdiv(context_len, num_splits), 64) * 64
+    num_splits = tl.minimum(tl.cdiv(context_len, SPLIT_SIZE), MAX_SPLITS)
+    split_len = tl.cdiv(tl.cdiv(context_len, num_splits), 64) * 64
+    return tl.cdiv(context_len, split_len), split_len  # rounding up may have made the last pieces empty
 
 
 @triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_splits"])
@@ -160,7 +167,7 @@ def attend_kernel(
     num_decodes, num_seqs, max_splits, scale,
     token_stride, head_stride, slot_stride, table_stride,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    SPLIT_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program: a KV head, a tile of queries of one sequence, a piece of the context (all of it for a chunk)."""
     kv_head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -189,7 +196,7 @@ def attend_kernel(
     begin, end = 0, tl.minimum(context_len, context_len - query_len + first + ROWS // GROUP)
     num_splits = 1
     if query_len == 1:
-        num_splits, split_len = split_of(context_len, SPLIT_SIZE)
+        num_splits, split_len = split_of(context_len, SPLIT_SIZE, MAX_SPLITS)
         begin, end = split * split_len, tl.minimum(context_len, (split + 1) * split_len)
     if split >= num_splits or first >= query_len:
         return
@@ -250,11 +257,11 @@ def attend_kernel(
 @triton.jit(do_not_specialize=["max_splits"])
 def combine_kernel(
     pieces, weights, output, context_lens, max_splits,
-    PADDED_SPLITS: tl.constexpr, SPLIT_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr, SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program a decode and query head: the mean of what the pieces of its context gave, by their weights."""
     seq, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    num_splits, _ = split_of(tl.load(context_lens + seq), SPLIT_SIZE)
+    num_splits, _ = split_of(tl.load(context_lens + seq), SPLIT_SIZE, MAX_SPLITS)
     if num_splits == 1:
         return  # the output is there already
     split, dim = tl.arange(0, PADDED_SPLITS), tl.arange(0, PADDED_DIM)

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from nanovllm.kernels import fused_layers
+
 
 class RMSNorm(nn.Module):
     """Divides each row by its root mean square, in float32, and multiplies it by a learned weight.
@@ -13,6 +15,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
         # Scalars as tensors, for speed: a Python number would be converted in every call. They go with any device.
         self.inverse_root_size = torch.tensor(size**-0.5, dtype=torch.float32, device="cpu")
@@ -20,6 +23,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` is `[..., size]`; returns the same shape and dtype."""
+        if x.is_cuda and (fused := fused_layers()):
+            return fused.rms_norm(x, self.weight, self.eps)
         row = x.float()  # x itself if it is float32 already, so nothing below may be done in place on it
         length = torch.linalg.vector_norm(row, dim=-1, keepdim=True)  # [..., 1]
         rms = torch.hypot(length.mul_(self.inverse_root_size), self.root_eps)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from nanovllm.kernels import fused_layers
+
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -38,6 +40,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     A pair (a, b) becomes (a cos - b sin, b cos + a sin): rolling by half a head puts b in a's place and a in b's, and
     the minus is in the first half of `sin`.
     """
+    if x.is_cuda and (fused := fused_layers()):
+        return fused.rotate(x, cos, sin)
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 

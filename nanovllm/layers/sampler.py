@@ -178,12 +178,17 @@ def uniform_numbers(seeds: ArrayLike, positions: ArrayLike) -> np.ndarray:
     1, 2, 3"). There is no state to keep, so a request draws the same numbers whoever else is being served, and again
     when it is computed once more after a preemption. `seeds` and `positions` are `[n]` whole numbers from 0 up.
     """
+    bits = random_bits(seeds, positions)
+    return (bits >> 40).astype(np.float32) * np.float32(2**-24)  # 24 bits: all that a float32 holds exactly
+
+
+def random_bits(seeds: ArrayLike, positions: ArrayLike) -> np.ndarray:
+    """64 random bits for each pair of a seed and a position: `[n]` uint64."""
     # Each seed starts its own SplitMix64 generator (Steele et al., 2014), far from those of its neighbours;
     # the position says which of its numbers is wanted. uint64 products wrap around, as they should.
     golden = 0x9E3779B97F4A7C15
     start = _mix(np.asarray(seeds, np.uint64) + golden)
-    bits = _mix(start + np.asarray(positions, np.uint64) * golden)
-    return (bits >> 40).astype(np.float32) * np.float32(2**-24)  # 24 bits: all that a float32 holds exactly
+    return _mix(start + np.asarray(positions, np.uint64) * golden)
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

@@ -1,0 +1,170 @@
+"""CUDA graphs: a step is recorded once, and replayed with other numbers in the same places.
+
+A small decode step keeps a GPU busy for less time than Python needs to launch its hundreds of kernels. A CUDA graph is
+the list of those launches, with their addresses: one call replays it. The price is that nothing may change but the
+contents of the tensors that were used at capture. So the number of tokens is rounded up to the next of a few
+*buckets*, there is a graph for each, and a step writes its token ids, positions and rows into buffers that never move.
+
+In a graph each token is a row by itself: it has a block table of its own, that of its sequence, and looks back on all
+positions up to its own. So a graph does not care whose tokens they are: decodes, the chunks of short prompts, or both.
+That works because a layer stores the keys and values of all tokens before any of them attends.
+"""
+
+import logging
+from bisect import bisect_left
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nanovllm.kernels import triton_sampler
+from nanovllm.utils.context import Context, use_context
+
+logger = logging.getLogger(__name__)
+
+# Rounding up costs at most seven rows of padding, which a GPU hardly notices. From 512 tokens on a step takes longer
+# than its launches.
+BUCKETS = [1, 2, 4, *range(8, 513, 8)]
+
+
+class StepGraphs:
+    """A graph of the model for each bucket, and one of the head and the sampler; they share one pool of memory.
+
+    Args:
+        model: as in `nanovllm.models`, bound to a KV cache of `num_blocks` blocks and the dummy block after them.
+        num_rows: rows of the table of block tables, one for each sequence that runs.
+        max_num_blocks: blocks of the longest sequence there can be.
+        max_num_tokens: the token budget of a step; there is no bucket for more.
+        max_num_seqs: how many sequences can be sampled in a step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        block_size: int,
+        num_blocks: int,
+        num_rows: int,
+        max_num_blocks: int,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model, self.block_size, self.padding_row = model, block_size, num_rows
+        self.buckets = buckets_up_to(max_num_tokens)
+        self.sample_buckets = buckets_up_to(min(max_num_seqs, self.buckets[-1]))
+        largest, most_sampled = self.buckets[-1], self.sample_buckets[-1]
+
+        # What a step writes: ids, positions and rows of its tokens; hidden rows, rows and keys of those it samples.
+        self.inputs = torch.zeros(3 * largest, dtype=torch.int64, device=device)
+        self.sample_inputs = torch.zeros(3 * most_sampled, dtype=torch.int64, device=device)
+        # What changes rarely. The last row is for padding: a block table that leads to the dummy block only.
+        self.block_tables = torch.full((num_rows + 1, max_num_blocks), num_blocks, dtype=torch.int32, device=device)
+        self.temperature = torch.zeros(num_rows + 1, dtype=torch.float32, device=device)
+        # What it leaves behind.
+        self.hidden_states = torch.zeros(largest, hidden_size, dtype=dtype, device=device)
+        self.token_ids = torch.zeros(most_sampled, dtype=torch.int64, device=device)
+
+        self.query_start = torch.arange(largest + 1, dtype=torch.int32, device=device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.sample_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.capture(device)
+
+    @torch.inference_mode()
+    def capture(self, device: torch.device) -> None:
+        """Record all graphs, the largest first: the smaller ones then find room in its memory."""
+        start, free = perf_counter(), torch.cuda.mem_get_info(device)[0]
+        todo = [(self.graphs, bucket, self.run_model) for bucket in reversed(self.buckets)]
+        todo += [(self.sample_graphs, bucket, self.run_sampler) for bucket in reversed(self.sample_buckets)]
+        for graphs, bucket, run in tqdm(todo, desc="Capturing CUDA graphs", unit=" graphs"):
+            self.inputs.fill_(0)
+            # All is padding: it must write to the dummy block.
+            self.inputs[2 * bucket : 3 * bucket] = self.padding_row
+            run(bucket)  # compiles kernels and chooses algorithms, which a capture must not
+            torch.cuda.synchronize(device)
+            graphs[bucket] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[bucket], pool=self.pool):
+                run(bucket)
+        torch.cuda.synchronize(device)
+        used = free - torch.cuda.mem_get_info(device)[0]
+        logger.info("%d CUDA graphs captured in %.1f s, %.0f MB", len(todo), perf_counter() - start, used / 1e6)
+
+    # -- What is recorded ----------------------------------------------------------------------------------------------
+
+    def run_model(self, bucket: int) -> None:
+        """Hidden states of the bucket's tokens."""
+        input_ids, positions, rows = self.inputs[: 3 * bucket].view(3, bucket)
+        block_tables = self.block_tables.index_select(0, rows)  # [bucket, max_num_blocks]
+        blocks = block_tables.gather(1, (positions // self.block_size).unsqueeze(1)).squeeze(1)
+        context = Context(
+            block_size=self.block_size,
+            num_decodes=bucket,
+            query_start=self.query_start[: bucket + 1],
+            context_lens=(positions + 1).int(),
+            block_tables=block_tables,
+            slot_mapping=blocks.long() * self.block_size + positions % self.block_size,
+        )
+        with use_context(context):
+            self.hidden_states[:bucket] = self.model(input_ids, positions)
+
+    def run_sampler(self, bucket: int) -> None:
+        """Tokens for some of the hidden states, greedy or by temperature."""
+        at, rows, keys = self.sample_inputs[: 3 * bucket].view(3, bucket)
+        logits = self.model.compute_logits(self.hidden_states[at])  # type: ignore[operator]
+        self.token_ids[:bucket] = triton_sampler.sample(logits, self.temperature[rows], keys)
+
+    # -- What a step does ----------------------------------------------------------------------------------------------
+
+    def replay(self, input_ids: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        """Hidden states of a step's tokens, `[num_tokens, hidden_size]`, valid until the next replay.
+
+        `rows` says for each token in which row of the table its sequence's block table stands.
+        """
+        num_tokens = len(input_ids)
+        bucket = self.buckets[bisect_left(self.buckets, num_tokens)]
+        inputs = np.zeros((3, bucket), np.int64)
+        inputs[2] = self.padding_row
+        inputs[:, :num_tokens] = input_ids, positions, rows
+        self.inputs[: 3 * bucket].copy_(pinned(inputs.ravel()), non_blocking=True)
+        self.graphs[bucket].replay()
+        return self.hidden_states[:num_tokens]
+
+    def samples_at_once(self, num_sampled: int) -> bool:
+        """Whether there is a graph to sample so many sequences."""
+        return num_sampled <= self.sample_buckets[-1]
+
+    def sample(self, hidden_states: torch.Tensor, at: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> torch.Tensor:
+        """Tokens for rows `at` of the hidden states, `[num_sampled]`: a copy, which the next replay does not touch."""
+        num_sampled = len(at)
+        if hidden_states.data_ptr() != self.hidden_states.data_ptr():  # of a step too large for a graph
+            self.hidden_states[:num_sampled] = hidden_states[pinned(at).to(hidden_states.device, non_blocking=True)]
+            at = np.arange(num_sampled)
+        bucket = self.sample_buckets[bisect_left(self.sample_buckets, num_sampled)]
+        inputs = np.zeros((3, bucket), np.int64)
+        inputs[1] = self.padding_row
+        inputs[:, :num_sampled] = at, rows, keys
+        self.sample_inputs[: 3 * bucket].copy_(pinned(inputs.ravel()), non_blocking=True)
+        self.sample_graphs[bucket].replay()
+        return self.token_ids[:num_sampled].clone()
+
+    def write(self, table: torch.Tensor, places: np.ndarray, values: np.ndarray) -> None:
+        """Change some numbers of a table, one-dimensional, on the device."""
+        on_device = (pinned(array).to(table.device, non_blocking=True) for array in (places, values))
+        table.index_copy_(0, *on_device)
+
+
+def buckets_up_to(most: int) -> list[int]:
+    """The buckets that steps of up to `most` tokens need."""
+    return BUCKETS[: bisect_left(BUCKETS, most) + 1]
+
+
+def pinned(array: np.ndarray) -> torch.Tensor:
+    """A copy in memory that a GPU reads by itself, while Python goes on.
+
+    PyTorch lends such memory, and does not lend it again before the copy from it is done.
+    """
+    return torch.from_numpy(array).pin_memory()

@@ -1,0 +1,102 @@
+"""A step replayed from a CUDA graph gives what the same step gives without one."""
+
+import random
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def pair(request):
+    """The same engine with graphs and without."""
+    path = request.getfixturevalue(f"tiny_{request.param}_path")
+    settings = dict(dtype="float32", device="cuda", num_kv_blocks=400, max_num_batched_tokens=600, max_num_seqs=40)
+    llms = LLM(path, **settings), LLM(path, enforce_eager=True, **settings)
+    assert llms[0].engine.model_runner.graphs is not None and llms[1].engine.model_runner.graphs is None
+    yield llms
+    for llm in llms:
+        llm.close()
+
+
+def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(n)] for n in lengths]
+
+
+@pytest.mark.parametrize("num_seqs", [1, 2, 3, 5, 8, 12, 20, 37, 40])
+def test_greedy_tokens_are_the_same_for_every_number_of_sequences(pair, num_seqs):
+    prompts = prompts_of([random.Random(num_seqs).randint(1, 60) for _ in range(num_seqs)], seed=num_seqs)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    answers = [[a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)] for llm in pair]
+    assert answers[0] == answers[1]
+
+
+def test_sampled_tokens_are_the_same_whoever_else_is_in_the_batch(pair):
+    """Plain sampling, truncated sampling and log-probabilities, mixed and each alone."""
+    params = [
+        SamplingParams(temperature=0.8, seed=1, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=1.0, top_p=0.8, seed=2, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True, logprobs=2),
+        SamplingParams(temperature=1.3, seed=4, max_tokens=12, ignore_eos=True),
+    ]
+    prompts = prompts_of([5, 17, 33, 2, 9])
+    together = [[a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)] for llm in pair]
+    alone = [pair[0].generate([p], [s], use_tqdm=False)[0]["token_ids"] for p, s in zip(prompts, params)]
+    assert together[0] == together[1] == alone
+
+
+def test_chunks_preemption_and_sharing_replay_too(tiny_qwen3_path):
+    """A pool so small that sequences are preempted, a budget so small that prompts come in chunks: mixed steps."""
+    settings = dict(dtype="float32", device="cuda", num_kv_blocks=30, max_num_batched_tokens=24, max_num_seqs=8)
+    prompts = prompts_of([70, 3, 40, 41, 8, 100, 16, 17]) + [prompts_of([70])[0] + [1, 2, 3]]
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    answers = []
+    for enforce_eager in (False, True):
+        llm = LLM(tiny_qwen3_path, enforce_eager=enforce_eager, **settings)
+        with llm.trace() as trace:
+            answers.append([a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)])
+        assert any(step.preempted for step in trace.steps)
+        assert any(
+            len(step.scheduled) > 1 and max(s.num_new_tokens for s in step.scheduled) > 1 for step in trace.steps
+        )
+        llm.close()
+    assert answers[0] == answers[1]
+
+
+def test_padding_touches_nobody(pair):
+    """Nine tokens are padded to sixteen: what is in the KV cache of others stays as it is, bit for bit."""
+    llm = pair[0]
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    for prompt in prompts_of([20] * 9):
+        llm.add_request(prompt, params)
+    llm.step()
+    cache = llm.engine.model_runner.kv_cache
+    for _ in range(5):
+        before = cache.clone()
+        batch, _ = llm.engine.step()
+        changed = (before != cache).any(dim=-1).any(dim=-1).any(dim=0).any(dim=0)  # [blocks, block_size]
+        assert changed[:-1].sum() <= 9  # the last block is the dummy
+    for request_id in list(llm.engine.requests):
+        llm.abort(request_id)
+
+
+def test_the_memory_comes_back(tiny_qwen3_path):
+    def used() -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    settings = dict(dtype="float32", device="cuda", num_kv_blocks=100, max_num_seqs=16)
+    LLM(tiny_qwen3_path, **settings).close()
+    before = used()
+    for _ in range(3):
+        llm = LLM(tiny_qwen3_path, **settings)
+        llm.generate(["Hello"], SamplingParams(max_tokens=4), use_tqdm=False)
+        llm.close()
+    assert used() <= before + (8 << 20)

@@ -1,0 +1,154 @@
+"""The small Triton kernels, of layers and of the sampler, against plain computations of the same thing.
+
+On a GPU if there is one, and in Triton's interpreter on a CPU: for that this file runs itself once more.
+"""
+
+import pytest
+import torch
+
+from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.rotary_embedding import rotate
+from tests import interpreter
+
+triton_layers = pytest.importorskip("nanovllm.kernels.triton_layers")
+from nanovllm.kernels import triton_sampler
+
+DEVICE = "cpu" if interpreter.IS_ON or not torch.cuda.is_available() else "cuda"
+somewhere = pytest.mark.skipif(DEVICE == "cpu" and not interpreter.IS_ON, reason="needs a GPU, or the interpreter")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def check(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to what the plain layer gives on a CPU, but for a few roundings."""
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+@somewhere
+@every_dtype
+@pytest.mark.parametrize("shape", [(1, 64), (5, 576), (3, 17), (4, 9, 80), (2, 1, 256)])
+def test_rms_norm(shape, dtype):
+    plain = RMSNorm(shape[-1], 1e-5).to(dtype)
+    plain.weight.normal_()
+    x = torch.randn(shape, dtype=dtype)
+    check(triton_layers.rms_norm(x.to(DEVICE), plain.weight.to(DEVICE), 1e-5), plain(x))
+
+
+@somewhere
+def test_rms_norm_and_rotation_of_heads_that_lie_inside_a_wider_row():
+    """Queries and keys are views of what one product gave; the kernels must walk over what is between."""
+    wide = torch.randn(6, 8, 32)
+    x, weight = wide[:, 2:7], torch.rand(32)
+    plain = RMSNorm(32, 1e-5)
+    plain.weight.copy_(weight)
+    check(triton_layers.rms_norm(wide.to(DEVICE)[:, 2:7], weight.to(DEVICE), 1e-5), plain(x))
+    cos, sin = angles(6, 32, torch.float32)
+    check(triton_layers.rotate(wide.to(DEVICE)[:, 2:7], cos.to(DEVICE), sin.to(DEVICE)), rotate(x, cos, sin))
+
+
+@somewhere
+@every_dtype
+@pytest.mark.parametrize("num_heads, head_dim", [(9, 64), (1, 80), (24, 128), (3, 2)])
+def test_rotate(num_heads, head_dim, dtype):
+    x = torch.randn(5, num_heads, head_dim, dtype=dtype)
+    cos, sin = angles(5, head_dim, dtype)
+    check(triton_layers.rotate(x.to(DEVICE), cos.to(DEVICE), sin.to(DEVICE)), rotate(x, cos, sin))
+
+
+def angles(num_tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    half = torch.randn(num_tokens, 1, head_dim // 2)
+    cos, sin = half.cos().to(dtype), half.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+@somewhere
+@every_dtype
+@pytest.mark.parametrize("size", [1, 1024, 1536, 3000])
+def test_silu_and_mul(size, dtype):
+    gate_up = 3 * torch.randn(3, 2 * size, dtype=dtype)
+    check(triton_layers.silu_and_mul(gate_up.to(DEVICE)), silu_and_mul(gate_up))
+
+
+# -- The sampler -------------------------------------------------------------------------------------------------------
+
+
+NUM_DRAWS = 300 if DEVICE == "cpu" else 20_000  # the interpreter takes some 10 ms for each
+
+
+def sample(logits: torch.Tensor, temperature: list[float], keys: list[int] | range) -> list[int]:
+    tensors = (logits, torch.tensor(temperature, dtype=torch.float32), torch.tensor(list(keys)))
+    return triton_sampler.sample(*(t.to(DEVICE) for t in tensors)).tolist()
+
+
+@somewhere
+@every_dtype
+def test_greedy_takes_the_best_and_the_first_of_equals(dtype):
+    logits = torch.randn(4, 9000).to(dtype)
+    logits[1, [5000, 8999]] = 100
+    logits[2, [17, 18]] = 100
+    assert sample(logits, [0.0] * 4, range(4)) == [int(row.argmax()) for row in logits.float()]
+
+
+@somewhere
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_tokens_come_with_their_probabilities(temperature):
+    """Chi-square over tokens in both of two pieces; 4.5 standard deviations above its mean is one run in 300,000."""
+    num_draws, tokens = NUM_DRAWS, [0, 17, 4095, 4096, 4999]
+    logits = torch.full((5000,), -1000.0)
+    logits[tokens] = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0])
+    drawn = sample(logits.expand(num_draws, -1), [temperature] * num_draws, range(1000, 1000 + num_draws))
+    expected = num_draws * (logits / temperature).softmax(-1)[tokens]
+    counts = torch.tensor([float(drawn.count(token)) for token in tokens])
+    assert counts.sum() == num_draws
+    assert ((counts - expected) ** 2 / expected).sum() < 4 + 4.5 * 8**0.5
+
+
+@somewhere
+def test_a_flat_distribution_is_drawn_flat():
+    """Of 8,192 equal tokens each eighth is hit as often: the random numbers are good for rare tokens, too."""
+    num_draws = NUM_DRAWS
+    drawn = torch.tensor(sample(torch.zeros(1, 8192).expand(num_draws, -1), [1.0] * num_draws, range(num_draws)))
+    counts = torch.bincount(drawn // 1024, minlength=8).float()
+    assert ((counts - num_draws / 8) ** 2 / (num_draws / 8)).sum() < 7 + 4.5 * 14**0.5
+    num_different = 8192 * (1 - (1 - 1 / 8192) ** num_draws)  # expected
+    assert abs(len(drawn.unique()) - num_different) < 5 * num_different**0.5
+
+
+@somewhere
+def test_the_same_key_draws_the_same_token_alone_and_in_a_crowd():
+    logits = torch.randn(6, 6000)
+    crowd = sample(logits, [1.0, 0.0, 2.0, 1.0, 0.7, 1.0], [5, -(2**60), 7, 2**62, 9, 5])
+    assert [sample(logits[i : i + 1], [t], [k])[0] for i, t, k in ((0, 1.0, 5), (3, 1.0, 2**62), (4, 0.7, 9))] == [
+        crowd[i] for i in (0, 3, 4)
+    ]
+    assert len({sample(logits[:1], [2.0], [key])[0] for key in range(20)}) > 10
+
+
+@somewhere
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_nothing_can_be_sampled_from(temperature):
+    logits = torch.randn(5, 9000)
+    logits[0, 8999], logits[1, 3], logits[2], logits[3, :8000] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    tokens = sample(logits, [temperature] * 5, range(5))
+    assert tokens[:3] == [-1, -1, -1] and tokens[3] >= 8000 and tokens[4] >= 0
+
+
+@somewhere
+def test_a_tiny_temperature_is_greedy():
+    logits = 100 * torch.randn(3, 5000)
+    assert sample(logits, [1e-6, 1e-38, 1e-4], range(3)) == logits.argmax(dim=-1).tolist()
+
+
+@pytest.mark.skipif(interpreter.IS_ON, reason="this is the process of its own")
+def test_in_the_interpreter():
+    """All of the above on a CPU."""
+    interpreter.run_tests_of(__file__)
