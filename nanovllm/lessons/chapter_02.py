@@ -163,17 +163,34 @@ def draw_programs(panels: Mapping[str, Mapping[str, list[range]]]) -> Figure:
     with styled():
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for ax, (title, lines) in zip(axes, panels.items()):
+            end = max(positions.stop for programs in lines.values() for positions in programs)
             for y, (label, programs) in enumerate(lines.items()):
+                face, ink = colour(label), ink_on(colour(label))
+                plate = dict(boxstyle="round,pad=0.15", facecolor=face, edgecolor="none")
                 for positions in programs:
                     box = Rectangle((positions.start, y - 0.42), len(positions), 0.84)
-                    box.set(facecolor=colour(label), hatch=hatch(label), edgecolor="white", linewidth=1.5)
+                    box.set(facecolor=face, hatch=hatch(label), edgecolor="white", linewidth=1.5)
                     ax.add_patch(box)
-            ax.set(xlim=(0, max(p.stop for line in lines.values() for p in line)), ylim=(len(lines) - 0.4, -0.6))
+                    if len(positions) > end / 12:  # there is room for the number inside
+                        middle = (positions.start + positions.stop) / 2
+                        text = ax.text(middle, y, f"{len(positions)}", ha="center", color=ink, bbox=plate)
+                    else:
+                        text = ax.text(positions.stop, y, f" {len(positions)}", ha="left")
+                    text.set(va="center", fontsize=7.5)
+            ax.set(xlim=(0, end), ylim=(len(lines) - 0.4, -0.6))
             ax.set_yticks(range(len(lines)), list(lines), fontsize=8.5)
             ax.tick_params(axis="y", length=0)
             ax.set_title(title, fontsize=10)
-            ax.set_xlabel("position in the context")
+            ax.set_xlabel("position of the keys that are read")
     return figure
+
+
+def programs_alt(panels: Mapping[str, Mapping[str, list[range]]]) -> str:
+    """What is seen there, in words: the positions that every program reads, first to last."""
+    lines = {label: programs for panel in panels.values() for label, programs in panel.items()}
+    return "; ".join(
+        f"{label}: {', '.join(f'{p.start}-{p.stop - 1}' for p in programs)}" for label, programs in lines.items()
+    )
 
 
 # -- Maps of a row of slots --------------------------------------------------------------------------------------------
