@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM
-from nanovllm.bench import Size, run, steps
+from nanovllm.bench import Size, gpu, run, steps
 from nanovllm.bench.report import Report
 from nanovllm.bench.serving import Workload
 from nanovllm.bench.timing import best_of, stopwatch, watch_others
@@ -46,7 +46,9 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(model_path, out) -> Report:
-    return run(model_path, out=out, size=SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)  # the CPU's part, on a computer with a GPU, too
+        return run(model_path, out=out, size=SMALL)
 
 
 def test_every_part_is_measured(report):
@@ -228,3 +230,38 @@ def test_the_table_says_what_is_reached(bar, row):
     report.add({"measurement": "environment"})
     report.add({"measurement": "m", "dtype": "float32", "value": 0.98, "unit": "x", **bar})
     assert list(report.table())[2] == row
+
+
+# -- On a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_shared_workload_is_that_of_the_family():
+    """133,966 tokens, as Nano-vLLM's benchmark prints; the prompts' sum and ends as its few lines draw them."""
+    prompts, output_lens = gpu.shared_workload()
+    assert len(prompts) == len(output_lens) == 256 and sum(output_lens) == 133_966
+    random.seed(0)
+    lens = [len([random.randint(0, 10000) for _ in range(random.randint(100, 1024))]) for _ in range(256)]
+    assert [len(prompt) for prompt in prompts] == lens
+    assert output_lens[-1] == [random.randint(100, 1024) for _ in range(256)][-1]
+
+
+def test_floors_count_what_a_step_must_do(tmp_path):
+    """By hand for two layers: bytes of the products, bytes of a token's keys and values, operations of a prefill."""
+    sizes = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    (tmp_path / "config.json").write_text(
+        json.dumps(gpu.QWEN3 | sizes | dict(num_key_value_heads=2, head_dim=16, eos_token_id=1))
+    )
+    llm = LLM(tmp_path, load_format="dummy", dtype="float32", device="cpu", num_kv_blocks=200)
+    layer = 32 * (64 + 32 + 32) + 64 * 32 + 3 * 32 * 48
+    assert gpu.token_bytes(llm) == 2 * 2 * 2 * 16 * 4
+    scores_and_mixing = 2 * 2 * 4 * 16 * (10 * 11 // 2)
+    assert gpu.prefill_operations(llm, 3, 10) == 2 * 3 * (10 * 2 * layer + 100 * 32 + scores_and_mixing)
+    llm.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_part_is_measured_on_a_gpu(model_path):
+    report = Report()
+    gpu.measure_gpu(report, model_path, "auto", Size(gpu_batch_sizes=(1, 3), step_rounds=3, gpu_prefill=(2, 64)))
+    assert all(record["value"] > 0 for record in report.records)
+    assert sum("decode step" in record["measurement"] for record in report.records) == 6

@@ -1,4 +1,8 @@
-"""The benchmarks behind `nanovllm bench`: the engine against the hardware's limit and against its peers, on a CPU.
+"""The benchmarks behind `nanovllm bench`: the engine against the hardware's limit and against its peers.
+
+    gpu.py        on a GPU: the benchmark that Nano-vLLM and its family share, and steps against their floors
+
+and, where there is none, on a CPU:
 
     steps.py      a step of the engine against the bare matrix products in it, and where its time goes
     serving.py    many requests, against transformers' `generate` and `generate_batch`
@@ -12,9 +16,13 @@ All sides of a comparison run in one process, with the same threads, in turns; m
 for all of them. Every result is a record: a JSON line when it is there, and a row of the table at the end.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from nanovllm.bench.gpu import measure_gpu, qwen3_folder
 from nanovllm.bench.memory import measure_memory
 from nanovllm.bench.planning import measure_planning
 from nanovllm.bench.report import Report, environment
@@ -46,6 +54,8 @@ class Size:
     planning_steps: int = 100
     num_traced: int = 64  # sequences when the cost of a trace is measured
     trace_pairs: int = 20
+    gpu_batch_sizes: tuple[int, ...] = (1, 4, 16, 64, 256)
+    gpu_prefill: tuple[int, int] = (8, 1024)  # prompts, tokens of each
 
 
 def run(
@@ -55,18 +65,35 @@ def run(
     size: Size = Size(),
     only_trace: bool = False,
 ) -> Report:
-    """Measure everything on this machine's CPU; print each result as a JSON line, and a table of all at the end.
+    """Measure everything on this machine; print each result as a JSON line, and a table of all at the end.
 
     Args:
-        model: a folder, a Hugging Face repository id, or None for the default model.
+        model: a folder, a Hugging Face repository id, or None for the default model; on a GPU, None with random weights
+            is a model with the sizes of Qwen3-0.6B.
         load_format: "auto" for the model's weights, "dummy" for random ones.
         out: a file to which the JSON lines are appended as well.
         size: how much to measure.
         only_trace: nothing but what it costs to record a trace.
     """
-    path = resolve_model(None if model is None else str(model))
     report = Report(out)
-    report.add(environment(path, load_format))
+    with ExitStack() as stack:
+        if model is None and load_format == "dummy" and torch.cuda.is_available():
+            path = stack.enter_context(qwen3_folder())
+        else:
+            path = resolve_model(None if model is None else str(model))
+        report.add(environment(path, load_format))
+        if torch.cuda.is_available():
+            measure_gpu(report, path, load_format, size)
+        else:
+            measure_cpu(report, path, load_format, size, only_trace)
+    print()
+    for line in report.table():
+        print(line)
+    return report
+
+
+def measure_cpu(report: Report, path: Path, load_format: str, size: Size, only_trace: bool) -> None:
+    """All that is measured on a CPU."""
     if not only_trace:
         for dtype in size.dtypes:
             measure_steps(report, path, load_format, dtype, size)
@@ -76,7 +103,3 @@ def run(
     measure_tracing(report, size)
     if not only_trace:
         measure_memory(report, path, load_format)
-    print()
-    for line in report.table():
-        print(line)
-    return report

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 # than its launches.
 BUCKETS = [1, 2, 4, *range(8, 513, 8)]
 
+# What a graph takes, at most, beside the memory that all of them share; measured: 671 MB for 102 graphs of Qwen3-0.6B.
+BYTES_PER_GRAPH = 8 << 20
+
 
 class StepGraphs:
     """A graph of the model for each bucket, and one of the head and the sampler; they share one pool of memory.
@@ -36,7 +39,7 @@ class StepGraphs:
         model: as in `nanovllm.models`, bound to a KV cache of `num_blocks` blocks and the dummy block after them.
         num_rows: rows of the table of block tables, one for each sequence that runs.
         max_num_blocks: blocks of the longest sequence there can be.
-        max_num_tokens: the token budget of a step; there is no bucket for more.
+        max_num_tokens: the token budget of a step.
         max_num_seqs: how many sequences can be sampled in a step.
     """
 
@@ -90,8 +93,8 @@ class StepGraphs:
             with torch.cuda.graph(graphs[bucket], pool=self.pool):
                 run(bucket)
         torch.cuda.synchronize(device)
-        used = free - torch.cuda.mem_get_info(device)[0]
-        logger.info("%d CUDA graphs captured in %.1f s, %.0f MB", len(todo), perf_counter() - start, used / 1e6)
+        self.memory = free - torch.cuda.mem_get_info(device)[0]  # bytes
+        logger.info("%d CUDA graphs captured in %.1f s, %.0f MB", len(todo), perf_counter() - start, self.memory / 1e6)
 
     # -- What is recorded ----------------------------------------------------------------------------------------------
 
@@ -158,8 +161,14 @@ class StepGraphs:
 
 
 def buckets_up_to(most: int) -> list[int]:
-    """The buckets that steps of up to `most` tokens need."""
+    """The buckets that steps of up to `most` tokens need; larger steps have none."""
     return BUCKETS[: bisect_left(BUCKETS, most) + 1]
+
+
+def memory_of_graphs(max_num_tokens: int, max_num_seqs: int) -> int:
+    """Bytes to leave free for the graphs of an engine with these settings."""
+    num_graphs = len(buckets_up_to(max_num_tokens)) + len(buckets_up_to(min(max_num_seqs, max_num_tokens)))
+    return num_graphs * BYTES_PER_GRAPH
 
 
 def pinned(array: np.ndarray) -> torch.Tensor:

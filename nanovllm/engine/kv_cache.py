@@ -1,11 +1,31 @@
 """How large the KV cache is: bytes for one block, blocks for the memory there is."""
 
+import logging
+from dataclasses import asdict, dataclass
+
 import psutil
 import torch
 
 from nanovllm.config import Config
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_CPU_MEMORY = 1 << 30  # bytes
+
+
+@dataclass(slots=True)
+class MemoryUse:
+    """What an engine's memory on a GPU is taken for, in bytes."""
+
+    weights: int = 0
+    step: int = 0  # at most, in between, for a step of the whole token budget
+    graphs: int = 0  # CUDA graphs: reserved when the KV cache is sized, then what they took
+    kv_cache: int = 0
+
+    def log(self) -> None:
+        """Say it in one line."""
+        parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.0f} MB" for name, size in asdict(self).items())
+        logger.info("memory: %s", parts)
 
 
 def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -21,12 +41,12 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device) -> int:
+def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device, reserved: int = 0) -> int:
     """The number of blocks: what `num_kv_blocks` says, or as many as the allowed memory holds.
 
-    Raises ValueError if they do not fit in the device's free memory, or are too few for `max_model_len`.
+    `reserved` bytes of the free memory are for something else. Raises ValueError if they do not fit in the device's free memory, or are too few for `max_model_len`.
     """
-    free = free_memory(device)
+    free = free_memory(device) - reserved
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
     elif config.kv_cache_memory is not None:
@@ -41,13 +61,18 @@ def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device) ->
     if needed > free:
         raise ValueError(
             f"a KV cache of {num_blocks} blocks needs {needed / 1e9:.2f} GB ({bytes_per_block:,} bytes a block), but "
-            f"{device} has {free / 1e9:.2f} GB free; lower num_kv_blocks or kv_cache_memory, or use dtype='bfloat16'"
+            f"{device} has {free / 1e9:.2f} GB free{reserve_of(reserved)}; lower num_kv_blocks or kv_cache_memory, or use dtype='bfloat16'"
         )
     num_blocks_needed = -(-(config.max_model_len or 2) // config.block_size)
     if num_blocks < num_blocks_needed:
         raise ValueError(
             f"the KV cache has {num_blocks} blocks of {config.block_size} tokens, but one sequence of "
             f"{config.max_model_len or 2} tokens needs {num_blocks_needed} ({num_blocks_needed * bytes_per_block:,} bytes); "
-            "raise kv_cache_memory or num_kv_blocks, or lower max_model_len"
+            f"{device} has {free / 1e9:.2f} GB free{reserve_of(reserved)}; raise kv_cache_memory, num_kv_blocks or "
+            "gpu_memory_utilization, or lower max_model_len or max_num_batched_tokens"
         )
     return num_blocks
+
+
+def reserve_of(reserved: int) -> str:
+    return f" beside {reserved / 1e9:.2f} GB for a step and its CUDA graphs" if reserved else ""

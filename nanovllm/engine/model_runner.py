@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from nanovllm.config import Config
-from nanovllm.engine.kv_cache import block_bytes, size_kv_cache
+from nanovllm.engine.kv_cache import MemoryUse, block_bytes, size_kv_cache
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.check import choose_backend
@@ -62,22 +63,8 @@ class ModelRunner:
         self.block_size = config.block_size
         self.model = build_model(hf_config, path, self.dtype, self.device, config.load_format)
 
-        attention = [module for module in self.model.modules() if isinstance(module, Attention)]
-        shape = (config.block_size, attention[0].num_kv_heads, attention[0].head_dim)
-        self.bytes_per_block = block_bytes(len(attention), *shape, self.dtype)
-        self.num_blocks = size_kv_cache(config, self.bytes_per_block, self.device)
-        heads = (attention[0].num_heads, attention[0].num_kv_heads, attention[0].head_dim)
-        backend = choose_backend(config.attention_backend, *heads, config.block_size, self.dtype, self.device)
-        self.kv_cache = backend.allocate(len(attention), self.num_blocks, *shape, self.dtype, self.device)
-        for layer, (k_cache, v_cache) in zip(attention, self.kv_cache.transpose(0, 1), strict=True):
-            layer.bind(backend, k_cache, v_cache)
-
-        # A row for each sequence that runs. None can be longer than the cache, so neither need its block table be.
-        longest = config.max_model_len or hf_config.max_position_embeddings
-        max_num_blocks = min(self.num_blocks, -(-longest // config.block_size))
+        # A row for each sequence that runs.
         num_rows = config.max_num_seqs
-        self.block_tables = np.zeros((num_rows, max_num_blocks), np.int32)
-        self.num_copied_blocks = [0] * num_rows
         self.temperature = np.zeros(num_rows, np.float32)
         self.top_k = np.zeros(num_rows, np.int64)
         self.top_p = np.zeros(num_rows, np.float32)
@@ -85,25 +72,83 @@ class ModelRunner:
         self.seed = np.zeros(num_rows, np.int64)
         self.truncates = np.zeros(num_rows, bool)  # draws at random, from fewer tokens than all
 
+        attention = [module for module in self.model.modules() if isinstance(module, Attention)]
+        heads = (attention[0].num_heads, attention[0].num_kv_heads, attention[0].head_dim)
+        backend = choose_backend(config.attention_backend, *heads, config.block_size, self.dtype, self.device)
         self.has_sampling_kernel = self.device.type == "cuda" and backend.__name__.endswith("triton_attention")
         has_graphs = self.has_sampling_kernel and not config.enforce_eager
+
+        shape = (config.block_size, *heads[1:])
+        self.bytes_per_block = block_bytes(len(attention), *shape, self.dtype)
+        self.memory = MemoryUse()
+        if self.device.type == "cuda":
+            self.memory.weights = sum(parameter.nbytes for parameter in self.model.parameters())
+            self.bind(attention, backend, backend.allocate(len(attention), 0, *shape, self.dtype, self.device))
+            self.memory.step = self.measure_step(config)
+            if has_graphs:
+                from nanovllm.engine.cuda_graphs import memory_of_graphs
+
+                self.memory.graphs = memory_of_graphs(config.max_num_batched_tokens, config.max_num_seqs)
+        reserved = self.memory.step + self.memory.graphs
+        self.num_blocks = size_kv_cache(config, self.bytes_per_block, self.device, reserved)
+        self.kv_cache = backend.allocate(len(attention), self.num_blocks, *shape, self.dtype, self.device)
+        self.memory.kv_cache = self.kv_cache.nbytes
+        self.bind(attention, backend, self.kv_cache)
+
+        # None of those that run can be longer than the cache, so neither need its block table be.
+        longest = config.max_model_len or hf_config.max_position_embeddings
+        max_num_blocks = min(self.num_blocks, -(-longest // config.block_size))
+        self.block_tables = np.zeros((num_rows, max_num_blocks), np.int32)
+        self.num_copied_blocks = [0] * num_rows
         self.graphs = self.capture_graphs(config, hf_config) if has_graphs else None
+        if self.device.type == "cuda":
+            self.memory.log()
+
+    def bind(self, attention: list[Attention], backend: ModuleType, kv_cache: torch.Tensor) -> None:
+        for layer, (k_cache, v_cache) in zip(attention, kv_cache.transpose(0, 1), strict=True):
+            layer.bind(backend, k_cache, v_cache)
+
+    @torch.inference_mode()
+    def measure_step(self, config: Config) -> int:
+        """Bytes that a step takes in between, at most: one with all the tokens and all the logits that there can be.
+
+        Its keys and values go to the dummy block, the only one that there is so far.
+        """
+        num_tokens = config.max_num_batched_tokens
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        context = Context(
+            block_size=self.block_size,
+            num_decodes=0,
+            query_start=torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device),
+            context_lens=torch.tensor([num_tokens], dtype=torch.int32, device=self.device),
+            block_tables=torch.zeros(1, -(-num_tokens // self.block_size), dtype=torch.int32, device=self.device),
+            slot_mapping=torch.zeros(num_tokens, dtype=torch.int64, device=self.device),
+        )
+        positions = torch.arange(num_tokens, device=self.device)
+        with use_context(context):
+            hidden_states = self.model(torch.zeros_like(positions), positions)
+        rows = np.zeros(min(config.max_num_seqs, num_tokens), np.int64)
+        self.choose(self.model.compute_logits(hidden_states[: len(rows)]), rows, rows)  # type: ignore[operator]
+        return torch.cuda.max_memory_allocated(self.device) - before
 
     def capture_graphs(self, config: Config, hf_config: PretrainedConfig) -> "StepGraphs":
         from nanovllm.engine.cuda_graphs import StepGraphs
 
-        return StepGraphs(
+        graphs = StepGraphs(
             self.model,
             self.block_size,
             self.num_blocks,
             num_rows=config.max_num_seqs,
             max_num_blocks=self.block_tables.shape[1],
-            max_num_tokens=min(config.max_num_batched_tokens, 512),
-            max_num_seqs=min(config.max_num_seqs, 512),
+            max_num_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
             hidden_size=hf_config.hidden_size,
             dtype=self.dtype,
             device=self.device,
         )
+        self.memory.graphs = graphs.memory
+        return graphs
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> LaunchedStep:

@@ -1,0 +1,214 @@
+"""The engine on a GPU: the benchmark that its family shares, and single steps against what the hardware allows.
+
+A decode step must read all weights, and of each sequence the keys and values of its context. A prefill must do its
+multiplications. Bytes over the measured rate of a copy, and operations over the measured rate of a large matrix
+product, are the *floors*: no step can be faster than the larger of the two by much. (A copy reads and writes; reading
+alone is a little faster, so a step may come out slightly below its floor.)
+"""
+
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.bench.report import Report
+from nanovllm.bench.steps import decoding, random_prompt
+from nanovllm.bench.timing import watch_others
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.embed_head import LMHead
+from nanovllm.layers.linear import Linear
+
+if TYPE_CHECKING:
+    from nanovllm.bench import Size
+
+# The sizes of Qwen/Qwen3-0.6B, as its config.json has them: with random weights it takes as long as with trained ones.
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 151_645,
+}
+
+SETTINGS: dict[str, Any] = dict(max_model_len=4096, max_num_batched_tokens=16_384, max_num_seqs=256)
+
+
+@contextmanager
+def qwen3_folder() -> Iterator[Path]:
+    """A folder with the sizes of Qwen3-0.6B and no weights, for `load_format="dummy"`."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "Qwen3-0.6B-sizes"
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(QWEN3))
+        yield path
+
+
+def shared_workload() -> tuple[list[list[int]], list[int]]:
+    """256 prompts and the lengths of their answers: number for number what Nano-vLLM's benchmark draws."""
+    random.seed(0)
+    prompts = [[random.randint(0, 10_000) for _ in range(random.randint(100, 1024))] for _ in range(256)]
+    return prompts, [random.randint(100, 1024) for _ in range(256)]
+
+
+def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> None:
+    """The shared benchmark, then steps: with CUDA graphs, without, and with the torch backend."""
+    limits = measure_limits(report)
+    variants: dict[str, dict[str, Any]] = {
+        "": {},
+        ", eager": {"enforce_eager": True},
+        ", eager, torch attention": {"enforce_eager": True, "attention_backend": "torch"},
+    }
+    for name, settings in variants.items():
+        report.progress(f"starting an engine{name}")
+        start = perf_counter()
+        llm = LLM(path, load_format=load_format, **SETTINGS | settings)
+        started = perf_counter() - start
+        if not name:
+            report.add(record("start-up", llm, started, "s"))
+            measure_shared(report, llm)
+        measure_decode_steps(report, llm, size, name, limits)
+        if not name:
+            measure_prefill(report, llm, size, limits)
+        llm.close()
+
+
+def measure_limits(report: Report) -> tuple[float, float]:
+    """What this GPU does at best: bytes a second of a copy, read and written, and operations a second of a product."""
+    report.progress("rates of a copy and of a matrix product")
+    source = torch.empty(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+    del source, target
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    rate = 2 * 8192**3 / seconds_of(lambda: square @ square)
+    about = {"dtype": "", "gpu": torch.cuda.get_device_name()}
+    report.add(about | {"measurement": "copy, read and written", "value": round(bandwidth / 1e9), "unit": "GB/s"})
+    report.add(about | {"measurement": "matrix product, bfloat16", "value": round(rate / 1e12), "unit": "TFLOP/s"})
+    return bandwidth, rate
+
+
+def seconds_of(function: Callable[[], Any], repeats: int = 10) -> float:
+    """Median seconds on the GPU, by its own clock."""
+    times = []
+    for _ in range(3 + repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return statistics.median(times[3:])
+
+
+def measure_shared(report: Report, llm: LLM) -> None:
+    """The benchmark of the family: output tokens a second, best of three, each with an empty prefix cache."""
+    prompts, output_lens = shared_workload()
+    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n) for n in output_lens]
+    seconds = []
+    for i in range(3):
+        report.progress(f"shared benchmark, run {i + 1} of 3")
+        llm.reset_prefix_cache()
+        with watch_others() as load:
+            start = perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            seconds.append(perf_counter() - start)
+    rate = sum(output_lens) / min(seconds)
+    all_runs = [round(s, 2) for s in seconds]
+    report.add(record("shared benchmark", llm, rate, "output tokens/s") | {"seconds": all_runs} | load)
+
+
+def measure_decode_steps(
+    report: Report, llm: LLM, size: "Size", name: str, limits: tuple[float, float], context_len: int = 1024
+) -> None:
+    """Decode steps of several batch sizes, in milliseconds and over their floors."""
+    generator = random.Random(0)
+    for n in size.gpu_batch_sizes:
+        report.progress(f"decode step{name}, batch {n}")
+        with watch_others() as load, decoding(llm, n, context_len, generator):
+            times = []
+            for _ in range(size.step_rounds):
+                start = perf_counter()
+                llm.step()
+                times.append(perf_counter() - start)
+        milliseconds = 1000 * statistics.median(times)
+        floor = 1000 * (weight_bytes(llm) + n * context_len * token_bytes(llm)) / limits[0]
+        details = {"floor_ms": round(floor, 3), "times_the_floor": round(milliseconds / floor, 2)}
+        report.add(record(f"decode step{name}, batch {n}", llm, milliseconds, "ms") | details | load)
+
+
+def measure_prefill(report: Report, llm: LLM, size: "Size", limits: tuple[float, float]) -> None:
+    """A step of several prompts: its operations a second, as a fraction of a large matrix product's."""
+    generator = random.Random(1)
+    num_prompts, prompt_len = size.gpu_prefill
+    report.progress(f"prefill of {num_prompts} x {prompt_len} tokens")
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    times = []
+    with watch_others() as load:
+        for _ in range(3 + size.step_rounds):
+            for _ in range(num_prompts):
+                llm.add_request(random_prompt(llm, prompt_len, generator), params)
+            start = perf_counter()
+            while llm.has_unfinished_requests():
+                llm.step()
+            times.append(perf_counter() - start)
+    seconds = statistics.median(times[3:])
+    share = 100 * prefill_operations(llm, num_prompts, prompt_len) / seconds / limits[1]
+    name = f"prefill, {num_prompts} x {prompt_len} tokens"
+    report.add(record(name, llm, share, "% of the product's rate") | {"milliseconds": round(1000 * seconds, 2)} | load)
+
+
+def record(measurement: str, llm: LLM, value: float, unit: str) -> dict[str, Any]:
+    dtype = str(llm.engine.model_runner.dtype).removeprefix("torch.")
+    gpu = torch.cuda.get_device_name()
+    return {"measurement": measurement, "dtype": dtype, "value": round(value, 3), "unit": unit, "gpu": gpu}
+
+
+# -- What a step must do at least --------------------------------------------------------------------------------------
+
+
+def weight_bytes(llm: LLM) -> int:
+    """Bytes of all weights that a step reads: those of the products. Of an embedding it reads a few rows."""
+    modules = llm.engine.model_runner.model.modules()
+    return sum(module.weight.nbytes for module in modules if isinstance(module, Linear))
+
+
+def numbers(linear: Linear) -> int:
+    """How many numbers a product's matrix has."""
+    return (linear.weight if linear.packed is None else linear.packed).numel()
+
+
+def token_bytes(llm: LLM) -> int:
+    """Bytes of keys and values that a token has in the cache."""
+    runner = llm.engine.model_runner
+    return runner.bytes_per_block // runner.block_size
+
+
+def prefill_operations(llm: LLM, num_prompts: int, prompt_len: int) -> int:
+    """Multiplications and additions to compute some prompts and one row of logits for each; attention is causal."""
+    modules = list(llm.engine.model_runner.model.modules())
+    head = sum(numbers(module) for module in modules if isinstance(module, LMHead))
+    in_layers = sum(numbers(module) for module in modules if isinstance(module, Linear)) - head
+    attention = sum(
+        2 * m.num_heads * m.head_dim for m in modules if isinstance(m, Attention)
+    )  # for each pair of tokens
+    num_pairs = prompt_len * (prompt_len + 1) // 2
+    return 2 * num_prompts * (prompt_len * in_layers + head + num_pairs * attention)

@@ -1,0 +1,49 @@
+"""How much of a GPU the engine takes, and that it gives it back."""
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def used() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def test_what_is_taken_is_told_and_stays_within_bounds(tiny_qwen3_path, caplog):
+    """The largest step there is, right after the KV cache took what was left of half of the memory."""
+    total = torch.cuda.mem_get_info()[1]
+    with caplog.at_level("INFO"):
+        llm = LLM(
+            tiny_qwen3_path, device="cuda", gpu_memory_utilization=0.5, max_num_batched_tokens=2048, max_num_seqs=64
+        )
+    memory = llm.engine.model_runner.memory
+    assert min(memory.weights, memory.step, memory.graphs, memory.kv_cache) > 0
+    assert "memory: weights" in caplog.text and "kv cache" in caplog.text
+    prompts = [[7] * 2000 for _ in range(64)]
+    llm.generate(prompts, SamplingParams(temperature=0.7, top_p=0.9, max_tokens=4), use_tqdm=False)
+    assert 0.4 * total < used() < 0.51 * total
+    llm.close()
+
+
+def test_too_little_memory_says_how_much_and_what_to_turn(tiny_qwen3_path):
+    with pytest.raises(
+        ValueError, match="GB free beside .* GB for a step and its CUDA graphs; .*gpu_memory_utilization"
+    ):
+        LLM(tiny_qwen3_path, device="cuda", gpu_memory_utilization=0.001)
+
+
+def test_ten_engines_one_after_the_other_leave_nothing_behind(tiny_qwen3_path):
+    settings = dict(dtype="float32", device="cuda", num_kv_blocks=100, max_num_seqs=16)
+    LLM(tiny_qwen3_path, **settings).close()
+    before = used()
+    for _ in range(10):
+        llm = LLM(tiny_qwen3_path, **settings)
+        llm.generate(["Hello"], SamplingParams(max_tokens=4), use_tqdm=False)
+        llm.close()
+    assert used() <= before + (8 << 20)
