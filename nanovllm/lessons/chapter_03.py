@@ -432,7 +432,7 @@ def check_cache_aware(answer: Any, random: random.Random) -> Iterator[str]:
         prompts = [[*random.choice(beginnings), 100 + i] for i in range(24)]
         (first, _), (best, _) = (serve(p, prompts, BlockManager(5, 16)) for p in (Scheduler, CacheAware))
         got, num_left = serve(policy, prompts, BlockManager(5, 16))
-        case = f"of {33 * len(prompts)} prompt tokens, {first} are found in order of arrival, {best} in the best order"
+        case = f"of {33 * len(prompts)} prompt tokens, {first} are found in order of arrival, {best} in that asked for"
         if num_left:
             yield f"{num_left} of 24 requests are never answered. Is everybody still in `self.waiting`?"
         elif got <= first:
