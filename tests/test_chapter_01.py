@@ -90,19 +90,18 @@ def outputs(id: str) -> str:
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
+def numbers(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", line)]
+
+
 def test_the_text_is_true_of_the_times_that_were_saved():
-    """They differ from machine to machine, and from one saving to the next."""
-    minutes = [float(m) for m in re.findall(r"([\d.]+) min", outputs("time"))]
-    assert len(minutes) == 4 and all(20 < m < 50 for m in minutes[:2]) and all(0.6 < m < 1.6 for m in minutes[2:])
-    at_256 = float(re.search(r"context  256: +(\d+) ms", outputs("time")).group(1))
-    assert 2.4 < at_256 / 256 < 3.6  # "some 3 ms"
-    at_1024 = re.search(r"context 1024: +(\d+) ms without, +(\d+) ms", outputs("time"))
-    assert 45 < float(at_1024.group(1)) / float(at_1024.group(2)) < 80  # "50 to 70 times faster"
-    rows = [list(map(float, re.findall(r"[\d.]+", line))) for line in outputs("rows").splitlines()]
-    by_tokens = {int(row[0]): row[1:] for row in rows}
-    assert 3 < by_tokens[64][0] / by_tokens[1][0] < 6  # "four or five times"
-    assert max(row[2] for row in by_tokens.values()) == by_tokens[1][2]  # GB of weights a second
-    assert max(row[3] for row in by_tokens.values()) == by_tokens[256][3]  # multiplications a second
+    """The text quotes none of them; what it says of them holds on any machine."""
+    (at_1024,) = (line for line in outputs("time").splitlines() if line.startswith("context 1024"))
+    _, without, with_cache = numbers(at_1024)
+    assert 1 < without / with_cache < 854 / 2  # "far less than 854 times faster"
+    one, _, _, at_64, at_256 = map(numbers, outputs("rows").splitlines())
+    assert at_64[1] / one[1] < 50 / 2  # "Does it take 50 times as long? No, far from it"
+    assert one[3] > at_256[3] and one[4] < at_256[4]  # "the GB a second fall, and the multiplications a second rise"
 
 
 # -- What the checks compare with --------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ WRONG = [
     (1, RATE + "bandwidth / (weights + batch * context * per_token)", "That is the number of steps"),
     (1, RATE + "batch * bandwidth / weights", "also the keys and values"),
     (1, RATE + "bandwidth / (weights + context * per_token)", "read once a step"),
-    (1, RATE + "0.0", "the limit is 206.9 tokens a second"),
+    (1, RATE + "0.0", "the limit is 221.2 tokens a second"),
     (2, SLIDE + "keys, values", "The window is 4, the new token included"),
     (2, SLIDE + "keys[-window - 1:], values[-window - 1:]", "keep 5 tokens"),
     (2, SLIDE + "keys[:window], values[:window]", "not attention over the last"),

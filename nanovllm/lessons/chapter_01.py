@@ -176,8 +176,8 @@ class TinyDecoder:
 @exercise(1, "No engine is faster than this, however good its kernels are.")
 def check_tokens_per_second(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
     cases = [
-        ("Llama-3-8B on an H100", 3.35e12, 16.06e9, 131_072, 1024, 1),
-        ("the same with a batch of 64", 3.35e12, 16.06e9, 131_072, 1024, 64),
+        ("Llama-3-8B on an H100", 3.35e12, 15.01e9, 131_072, 1024, 1),
+        ("the same with a batch of 64", 3.35e12, 15.01e9, 131_072, 1024, 64),
     ]
     for _ in range(5):
         sizes = (random.uniform(1e11, 4e12), random.uniform(1e9, 1e11), random.randint(10_000, 500_000))
@@ -206,7 +206,7 @@ def check_slide(answer: Callable[..., Any], random: random.Random) -> Iterator[s
         key, value = keys[:0], values[:0]
         for n in range(1, len(keys) + 1):
             returned = attempted(answer(key, value, keys[n - 1 : n], values[n - 1 : n], window))
-            if not (isinstance(returned, tuple) and len(returned) == 2):
+            if not (isinstance(returned, (tuple, list)) and len(returned) == 2):
                 yield "return two tensors: the keys, and the values."
             key, value = returned
             case = f"with a window of {window}, after token number {n},"
