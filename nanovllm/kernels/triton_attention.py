@@ -154,10 +154,16 @@ def attend(
 
 @triton.jit
 def split_of(context_len, SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Into how many pieces a context is split, and how many tokens each has: nearly the same, a multiple of 64."""
+    """How many pieces a context is split into, and how many tokens each has: a multiple of 64."""
     num_splits = tl.minimum(tl.cdiv(context_len, SPLIT_SIZE), MAX_SPLITS)
     split_len = tl.cdiv(tl.cdiv(context_len, num_splits), 64) * 64
-    return tl.cdiv(context_len, split_len), split_len  # rounding up may have made the last pieces empty
+    return tl.cdiv(context_len, split_len), split_len  # rounding up may leave nothing for the last
+
+
+@triton.jit
+def first_tile(query_start, seq, num_decodes, TOKENS: tl.constexpr):
+    """Where a chunk begins: behind the decodes and the chunks before it, each with a tile to spare."""
+    return num_decodes + (tl.load(query_start + seq) - num_decodes) // TOKENS + seq - num_decodes
 
 
 @triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_splits"])
@@ -167,33 +173,31 @@ def attend_kernel(
     num_decodes, num_seqs, max_splits, scale,
     token_stride, head_stride, slot_stride, table_stride,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One program: a KV head, a tile of queries of one sequence, a piece of the context (all of it for a chunk)."""
+    """One program: a KV head, a tile of new tokens, a piece of the context (of a chunk, all of it)."""
+    TOKENS: tl.constexpr = ROWS // GROUP  # new tokens in a tile
     kv_head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
 
     # Which sequence, and which of its new tokens.
     if tile < num_decodes:
         seq, first = tile, 0
     else:
-        # Chunk j begins at tile (tokens in the chunks before it) // tokens a tile + j. Find ours by bisection.
-        tile -= num_decodes
         seq, end = num_decodes, num_seqs
-        while end - seq > 1:
+        while end - seq > 1:  # bisection: ours is the last chunk that does not begin later
             middle = (seq + end) // 2
-            begins = (tl.load(query_start + middle) - num_decodes) // (ROWS // GROUP) + middle - num_decodes
-            if begins <= tile:
+            if first_tile(query_start, middle, num_decodes, TOKENS) <= tile:
                 seq = middle
             else:
                 end = middle
-        begins = (tl.load(query_start + seq) - num_decodes) // (ROWS // GROUP) + seq - num_decodes
-        first = (tile - begins) * (ROWS // GROUP)
+        first = (tile - first_tile(query_start, seq, num_decodes, TOKENS)) * TOKENS
     start = tl.load(query_start + seq)
     query_len = tl.load(query_start + seq + 1) - start
     context_len = tl.load(context_lens + seq)
 
     # The part of the context that this program walks over.
-    begin, end = 0, tl.minimum(context_len, context_len - query_len + first + ROWS // GROUP)
+    begin, end = 0, tl.minimum(context_len, context_len - query_len + first + TOKENS)
     num_splits = 1
     if query_len == 1:
         num_splits, split_len = split_of(context_len, SPLIT_SIZE, MAX_SPLITS)
@@ -201,37 +205,43 @@ def attend_kernel(
     if split >= num_splits or first >= query_len:
         return
 
-    # Row r is new token r // GROUP of the tile, in query head r % GROUP of those that share this KV head.
+    # Row r is new token r // GROUP of the tile, in query head r % GROUP of those of this KV head.
     row, dim = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM)
     token, head = first + row // GROUP, kv_head * GROUP + row % GROUP
-    is_row = (row < ROWS // GROUP * GROUP) & (token < query_len)
+    is_row = (row < TOKENS * GROUP) & (token < query_len)
     is_dim = dim < HEAD_DIM
-    at = (start + token).to(tl.int64)[:, None] * token_stride + head[:, None] * head_stride + dim[None, :]
-    q = tl.load(query + at, mask=is_row[:, None] & is_dim[None, :], other=0.0)  # [ROWS, PADDED_DIM]
+    is_number = is_row[:, None] & is_dim[None, :]
+    batch_row = (start + token).to(tl.int64)
+    at = batch_row[:, None] * token_stride + head[:, None] * head_stride + dim[None, :]
+    q = tl.load(query + at, mask=is_number, other=0.0)  # [ROWS, PADDED_DIM]
     q = q.to(tl.float32) if INTERPRETED else q
     position = context_len - query_len + token  # [ROWS]
 
     highest = tl.full([ROWS], float("-inf"), tl.float32)  # score so far
     total = tl.zeros([ROWS], tl.float32)  # of the weights, relative to the highest
     result = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    # Most tiles lie before all queries of this program: every query sees all of their keys, and nothing is masked. That
-    # makes chunks a fifth faster. `static_range` unrolls: these are two loops, without masks and with them.
-    unmasked_end = begin + tl.maximum(tl.minimum(end, context_len - query_len + first + 1) - begin, 0) // TILE * TILE
+    # Most keys lie before all queries of this program: each sees all of them, and nothing is masked.
+    # That makes chunks a fifth faster. `static_range` unrolls: these are two loops, the first for
+    # those keys, without masks, and the second for the rest.
+    seen_by_all = tl.minimum(end, context_len - query_len + first + 1)
+    unmasked_end = begin + tl.maximum(seen_by_all - begin, 0) // TILE * TILE
     for masked in tl.static_range(2):
-        for tile_begin in range(unmasked_end if masked else begin, end if masked else unmasked_end, TILE):
+        from_key, to_key = (unmasked_end, end) if masked else (begin, unmasked_end)
+        for tile_begin in range(from_key, to_key, TILE):
             key_position = tile_begin + tl.arange(0, TILE)
-            # What is masked here is not read: whatever lies in other slots, NaN included, does no harm.
+            # What is masked is not read: whatever lies in other slots, NaN included, does no harm.
             is_key = key_position < end if masked else key_position >= 0
-            block = tl.load(block_tables + seq * table_stride + key_position // BLOCK_SIZE, mask=is_key, other=0)
+            entry = block_tables + seq * table_stride + key_position // BLOCK_SIZE
+            block = tl.load(entry, mask=is_key, other=0)
             slot = block.to(tl.int64) * BLOCK_SIZE + key_position % BLOCK_SIZE
-            numbers = slot[:, None] * slot_stride + kv_head * HEAD_DIM + dim[None, :]
-            is_number = is_key[:, None] & is_dim[None, :]
-            k = tl.load(k_cache + numbers, mask=is_number, other=0.0)  # [TILE, PADDED_DIM]
-            v = tl.load(v_cache + numbers, mask=is_number, other=0.0)
+            key_at = slot[:, None] * slot_stride + kv_head * HEAD_DIM + dim[None, :]
+            is_kept = is_key[:, None] & is_dim[None, :]
+            k = tl.load(k_cache + key_at, mask=is_kept, other=0.0)  # [TILE, PADDED_DIM]
+            v = tl.load(v_cache + key_at, mask=is_kept, other=0.0)
             if INTERPRETED:
                 k, v = k.to(tl.float32), v.to(tl.float32)
 
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, TILE], in powers of two
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, TILE]
             if masked:
                 is_seen = is_key[None, :] & (key_position[None, :] <= position[:, None])
                 scores = tl.where(is_seen, scores, float("-inf"))
@@ -239,27 +249,29 @@ def attend_kernel(
             shrink = tl.exp2(highest - new_highest)
             weight = tl.exp2(scores - new_highest[:, None])
             total = total * shrink + tl.sum(weight, 1)
-            result = result * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+            result *= shrink[:, None]
+            result += tl.dot(weight.to(v.dtype), v, input_precision="ieee")
             highest = new_highest
 
     result = result / total[:, None]
+    num_heads = GROUP * tl.num_programs(0)
     if num_splits == 1:
-        at = (start + token).to(tl.int64)[:, None] * (GROUP * tl.num_programs(0) * HEAD_DIM)
-        at += head[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(output + at, result.to(output.dtype.element_ty), mask=is_row[:, None] & is_dim[None, :])
+        at = batch_row[:, None] * (num_heads * HEAD_DIM) + head[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(output + at, result.to(output.dtype.element_ty), mask=is_number)
     else:
-        piece = (seq.to(tl.int64) * GROUP * tl.num_programs(0) + head) * max_splits + split  # [ROWS]
-        is_row = row < GROUP
-        tl.store(pieces + piece[:, None] * HEAD_DIM + dim[None, :], result, mask=is_row[:, None] & is_dim[None, :])
+        piece = (seq.to(tl.int64) * num_heads + head) * max_splits + split  # [ROWS]
+        at, is_row = piece[:, None] * HEAD_DIM + dim[None, :], row < GROUP
+        tl.store(pieces + at, result, mask=is_row[:, None] & is_dim[None, :])
         tl.store(weights + piece, highest + tl.log2(total), mask=is_row)
 
 
 @triton.jit(do_not_specialize=["max_splits"])
 def combine_kernel(
     pieces, weights, output, context_lens, max_splits,
-    PADDED_SPLITS: tl.constexpr, SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr, SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One program a decode and query head: the mean of what the pieces of its context gave, by their weights."""
+    """One program a decode and query head: the mean of what the pieces gave, by their weights."""
     seq, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_splits, _ = split_of(tl.load(context_lens + seq), SPLIT_SIZE, MAX_SPLITS)
     if num_splits == 1:
