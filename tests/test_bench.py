@@ -260,7 +260,9 @@ def test_floors_count_what_a_step_must_do(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_every_part_is_measured_on_a_gpu(model_path):
+def test_every_part_is_measured_on_a_gpu(model_path, monkeypatch):
+    monkeypatch.setitem(gpu.SETTINGS, "max_model_len", 2048)  # the tiny model's own
+    monkeypatch.setattr(gpu, "shared_workload", lambda: ([[1, 2, 3]] * 4, [5] * 4))  # and a small vocabulary
     report = Report()
     gpu.measure_gpu(report, model_path, "auto", Size(gpu_batch_sizes=(1, 3), step_rounds=3, gpu_prefill=(2, 64)))
     assert all(record["value"] > 0 for record in report.records)
