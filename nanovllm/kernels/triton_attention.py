@@ -162,8 +162,8 @@ def split_of(context_len, SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr):
 
 @triton.jit
 def first_tile(query_start, seq, num_decodes, TOKENS: tl.constexpr):
-    """Where a chunk begins: behind the decodes and the chunks before it, each with a tile to spare."""
-    return num_decodes + (tl.load(query_start + seq) - num_decodes) // TOKENS + seq - num_decodes
+    """Where a chunk begins: a tile for each sequence before it, and one for each `TOKENS` of their chunks."""
+    return seq + (tl.load(query_start + seq) - num_decodes) // TOKENS
 
 
 @triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_splits"])
@@ -176,7 +176,7 @@ def attend_kernel(
     SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One program: a KV head, a tile of new tokens, a piece of the context (of a chunk, all of it)."""
+    """One program: a KV head, a tile of new tokens, a piece of the context."""
     TOKENS: tl.constexpr = ROWS // GROUP  # new tokens in a tile
     kv_head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
 
@@ -196,7 +196,7 @@ def attend_kernel(
     query_len = tl.load(query_start + seq + 1) - start
     context_len = tl.load(context_lens + seq)
 
-    # The part of the context that this program walks over.
+    # The part of the context that this program walks over: a decode's piece, or all of it.
     begin, end = 0, tl.minimum(context_len, context_len - query_len + first + TOKENS)
     num_splits = 1
     if query_len == 1:
@@ -205,7 +205,7 @@ def attend_kernel(
     if split >= num_splits or first >= query_len:
         return
 
-    # Row r is new token r // GROUP of the tile, in query head r % GROUP of those of this KV head.
+    # Row r is new token r // GROUP of the tile, in query head r % GROUP of this KV head's.
     row, dim = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM)
     token, head = first + row // GROUP, kv_head * GROUP + row % GROUP
     is_row = (row < TOKENS * GROUP) & (token < query_len)
@@ -220,16 +220,16 @@ def attend_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)  # score so far
     total = tl.zeros([ROWS], tl.float32)  # of the weights, relative to the highest
     result = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    # Most keys lie before all queries of this program: each sees all of them, and nothing is masked.
-    # That makes chunks a fifth faster. `static_range` unrolls: these are two loops, the first for
-    # those keys, without masks, and the second for the rest.
+    # Most keys lie before all queries of this program: each sees all of them, nothing is
+    # masked, and chunks are a fifth faster. `static_range` unrolls: these are two loops, the
+    # first for those keys, without masks, the second for the rest.
     seen_by_all = tl.minimum(end, context_len - query_len + first + 1)
     unmasked_end = begin + tl.maximum(seen_by_all - begin, 0) // TILE * TILE
     for masked in tl.static_range(2):
         from_key, to_key = (unmasked_end, end) if masked else (begin, unmasked_end)
         for tile_begin in range(from_key, to_key, TILE):
             key_position = tile_begin + tl.arange(0, TILE)
-            # What is masked is not read: whatever lies in other slots, NaN included, does no harm.
+            # What is masked is not read: NaN in slots of others does no harm.
             is_key = key_position < end if masked else key_position >= 0
             entry = block_tables + seq * table_stride + key_position // BLOCK_SIZE
             block = tl.load(entry, mask=is_key, other=0)
@@ -256,7 +256,8 @@ def attend_kernel(
     result = result / total[:, None]
     num_heads = GROUP * tl.num_programs(0)
     if num_splits == 1:
-        at = batch_row[:, None] * (num_heads * HEAD_DIM) + head[:, None] * HEAD_DIM + dim[None, :]
+        at = batch_row[:, None] * (num_heads * HEAD_DIM) + head[:, None] * HEAD_DIM
+        at += dim[None, :]
         tl.store(output + at, result.to(output.dtype.element_ty), mask=is_number)
     else:
         piece = (seq.to(tl.int64) * num_heads + head) * max_splits + split  # [ROWS]
@@ -271,17 +272,19 @@ def combine_kernel(
     PADDED_SPLITS: tl.constexpr, SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One program a decode and query head: the mean of what the pieces gave, by their weights."""
+    """One program a decode and query head: the weighted mean of what the pieces gave."""
     seq, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_splits, _ = split_of(tl.load(context_lens + seq), SPLIT_SIZE, MAX_SPLITS)
     if num_splits == 1:
         return  # the output is there already
     split, dim = tl.arange(0, PADDED_SPLITS), tl.arange(0, PADDED_DIM)
+    is_split, is_dim = split < num_splits, dim < HEAD_DIM
     row = seq * tl.num_programs(1) + head
-    is_split = split < num_splits
-    weight = tl.load(weights + row * max_splits + split, mask=is_split, other=float("-inf"))
+    at = row * max_splits + split
+    weight = tl.load(weights + at, mask=is_split, other=float("-inf"))
     weight = tl.exp2(weight - tl.max(weight, 0))
-    at = (row * max_splits + split)[:, None] * HEAD_DIM + dim[None, :]
-    piece = tl.load(pieces + at, mask=is_split[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    at = at[:, None] * HEAD_DIM + dim[None, :]
+    piece = tl.load(pieces + at, mask=is_split[:, None] & is_dim[None, :], other=0.0)
     result = tl.sum(piece * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(output + row * HEAD_DIM + dim, result.to(output.dtype.element_ty), mask=dim < HEAD_DIM)
+    at = row * HEAD_DIM + dim
+    tl.store(output + at, result.to(output.dtype.element_ty), mask=is_dim)
