@@ -143,6 +143,7 @@ class LLM:
 
     def step(self) -> list[dict[str, Any]]:
         """Make one step for all requests; returns the answers of those that finished."""
+        self._settle()
         batch, finished = self.engine.step()
         answers = self._undelivered + [request.output() for request in finished]
         self._undelivered = []
@@ -160,10 +161,12 @@ class LLM:
             ...     llm.generate(prompts)
             >>> trace.blocks_at(3)  # every block of the KV cache after step 3
         """
+        self._settle()
         return self.engine.trace()
 
     def reset_prefix_cache(self) -> None:
         """Forget what the prefix cache holds: all blocks are as new. RuntimeError while requests are unfinished."""
+        self._settle()
         self.engine.reset_prefix_cache()
 
     def has_unfinished_requests(self) -> bool:
@@ -201,9 +204,13 @@ class LLM:
 
     def _step(self, own: set[Request]) -> tuple[Batch, set[Request]]:
         """One step; returns which of our `own` requests it finished, and keeps the answers to others for `step`."""
-        batch, finished = self.engine.step()
+        batch, finished = self.engine.advance()
         self._undelivered += [request.output() for request in finished if request not in own]
         return batch, own.intersection(finished)
+
+    def _settle(self) -> None:
+        """Steps that a `generate` or `stream` has left in flight come to their end; nobody's answer is lost."""
+        self._undelivered += [request.output() for request in self.engine.settle()]
 
     def _abort(self, requests: list[Request]) -> None:
         for request in requests:

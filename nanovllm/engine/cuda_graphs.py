@@ -67,6 +67,7 @@ class StepGraphs:
         # What changes rarely. The last row is for padding: a block table that leads to the dummy block only.
         self.block_tables = torch.full((num_rows + 1, max_num_blocks), num_blocks, dtype=torch.int32, device=device)
         self.temperature = torch.zeros(num_rows + 1, dtype=torch.float32, device=device)
+        self.last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)  # sampled last in each row
         # What it leaves behind.
         self.hidden_states = torch.zeros(largest, hidden_size, dtype=dtype, device=device)
         self.token_ids = torch.zeros(most_sampled, dtype=torch.int64, device=device)
@@ -101,6 +102,7 @@ class StepGraphs:
     def run_model(self, bucket: int) -> None:
         """Hidden states of the bucket's tokens."""
         input_ids, positions, rows = self.inputs[: 3 * bucket].view(3, bucket)
+        input_ids = self.known(input_ids, rows)
         block_tables = self.block_tables.index_select(0, rows)  # [bucket, max_num_blocks]
         blocks = block_tables.gather(1, (positions // self.block_size).unsqueeze(1)).squeeze(1)
         context = Context(
@@ -119,6 +121,15 @@ class StepGraphs:
         at, rows, keys = self.sample_inputs[: 3 * bucket].view(3, bucket)
         logits = self.model.compute_logits(self.hidden_states[at])  # type: ignore[operator]
         self.token_ids[:bucket] = triton_sampler.sample(logits, self.temperature[rows], keys)
+        self.remember(rows, self.token_ids[:bucket])
+
+    def remember(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Keep what was sampled for each row, for a step that is launched before Python knows it."""
+        self.last_tokens.index_copy_(0, rows, token_ids.clamp(min=0))  # -1, NO_TOKEN: any will do, nobody reads on
+
+    def known(self, input_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Token ids in which those that Python did not know, `IN_FLIGHT`, are what their row has sampled since."""
+        return torch.where(input_ids < 0, self.last_tokens[rows], input_ids)
 
     # -- What a step does ----------------------------------------------------------------------------------------------
 

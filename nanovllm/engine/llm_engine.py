@@ -18,6 +18,7 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.overlap import Overlap
 from nanovllm.engine.recorder import Recorder, environment
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -90,6 +91,7 @@ class LLMEngine:
         self.requests: dict[int, Request] = {}  # those that are not finished
         self.recorders: list[Recorder] = []  # one for each open trace
         self.num_steps = 0
+        self.overlap = Overlap(self) if self.model_runner.graphs is not None else None
         self._ids = count()
 
     # -- Requests ------------------------------------------------------------------------------------------------------
@@ -197,11 +199,29 @@ class LLMEngine:
             self._log(batch, end - start)
         return batch, finished
 
+    def advance(self) -> tuple[Batch, list[Request]]:
+        """A step for whoever wants answers: like `step`, but on a GPU, and if nobody records, overlapped with the next."""
+        if self.overlap is not None and not self.recorders:
+            with interrupts_deferred():
+                return self.overlap.step()
+        return self.step()
+
+    def settle(self) -> list[Request]:
+        """Wait for steps that overlap, before anything else is done; returns the requests that they finished."""
+        if self.overlap is None:
+            return []
+        with interrupts_deferred():
+            self.overlap.drain()
+            finished, self.overlap.finished = self.overlap.finished, []
+        return finished
+
     def _show(self, batch: Batch, logprobs: dict[int, dict[int, float]]) -> list[Request]:
         """Turn a step's tokens into text, find stop strings, and take finished requests off the list."""
         finished = []
         for seq in (scheduled.seq for scheduled in batch.scheduled if scheduled.samples):
-            request = self.requests[seq.id]
+            request = self.requests.get(seq.id)
+            if request is None:
+                continue  # finished or aborted while this step was in flight
             if seq.finish_reason == "abort":
                 logger.error("request %d is aborted: the model's logits for it are NaN or infinite", seq.id)
             else:

@@ -1,7 +1,6 @@
 """The model runner: a scheduled batch becomes tensors, the tensors become logits, the logits become tokens."""
 
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -25,6 +24,9 @@ if TYPE_CHECKING:  # it needs Triton, so only a GPU's engine imports it
     from nanovllm.engine.cuda_graphs import StepGraphs
 
 
+IN_FLIGHT = -1  # in the place of a token id
+
+
 class LaunchedStep:
     """A step on its way: `tokens()` waits for its result, so that there is time to do something else before."""
 
@@ -32,9 +34,17 @@ class LaunchedStep:
         self._token_ids = token_ids  # [num_sampled]
         self.logprobs = logprobs  # sequence id -> token id -> log-probability, where a request asked for it
         self.times: dict[str, float] = {}  # seconds for "prepare", "forward" and "sample"
+        self._arrived: torch.cuda.Event | None = None
+        if token_ids.is_cuda:  # a copy of its own, which does not wait for what is launched after it
+            self._token_ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+            self._token_ids.copy_(token_ids, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
     def tokens(self) -> list[int]:
         """The sampled tokens, one for each scheduled sequence with `samples`, in the order of the batch."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
         return self._token_ids.tolist()
 
 
@@ -47,7 +57,7 @@ class StepTokens:
     context_lens: np.ndarray  # [num_seqs]: tokens each can look back on, the new ones included
     owner: np.ndarray  # [num_tokens]: whose each token is
     positions: np.ndarray  # [num_tokens]: where in its sequence it stands
-    input_ids: np.ndarray  # [num_tokens]
+    input_ids: np.ndarray  # [num_tokens]; `IN_FLIGHT` for one that a step in flight samples
 
 
 class ModelRunner:
@@ -165,6 +175,8 @@ class ModelRunner:
             hidden_states = self.graphs.replay(tokens.input_ids, tokens.positions, rows)  # [num_tokens, hidden_size]
         else:
             input_ids, positions, context = self.prepare(tokens)
+            if self.graphs is not None:
+                input_ids = self.graphs.known(input_ids, self.to_device(tokens.rows[tokens.owner]))
             prepared = perf_counter()
             with use_context(context):
                 hidden_states = self.model(input_ids, positions)  # [num_tokens, hidden_size]
@@ -200,16 +212,18 @@ class ModelRunner:
         # From here on one entry a token.
         owner = np.repeat(np.arange(len(scheduled)), num_new)
         first = np.cumsum(num_new) - num_new  # [num_seqs]: each sequence's first token in the batch
-        token_ids = [
-            s.seq.token_ids[s.num_computed_tokens : s.num_computed_tokens + s.num_new_tokens] for s in scheduled
-        ]
+        token_ids = []
+        for s in scheduled:
+            token_ids += s.seq.token_ids[s.num_computed_tokens : s.num_computed_tokens + s.num_new_tokens]
+            if s.num_computed_tokens + s.num_new_tokens > len(s.seq.token_ids):
+                token_ids.append(IN_FLIGHT)
         return StepTokens(
             rows=np.array([s.seq.row for s in scheduled]),
             num_new=num_new,
             context_lens=starts + num_new,
             owner=owner,
             positions=np.arange(len(owner)) - first[owner] + starts[owner],
-            input_ids=np.fromiter(chain.from_iterable(token_ids), np.int64, len(owner)),
+            input_ids=np.array(token_ids, np.int64),
         )
 
     def prepare(self, tokens: StepTokens) -> tuple[torch.Tensor, torch.Tensor, Context]:
@@ -252,6 +266,8 @@ class ModelRunner:
 
         logits = self.model.compute_logits(hidden_states[self.to_device(at)])  # type: ignore[operator]  # [num_sampled, vocab_size]
         token_ids = self.choose(logits, rows, positions)
+        if self.graphs is not None:
+            self.graphs.remember(self.to_device(rows), token_ids)
         logprobs = {}
         for i, seq in enumerate(seqs):
             if seq.params.logprobs is not None:

@@ -83,3 +83,23 @@ def test_padding_touches_nobody(pair):
         assert changed[:-1].sum() <= 9  # the last block is the dummy
     for request_id in list(llm.engine.requests):
         llm.abort(request_id)
+
+
+def test_steps_overlap_and_give_the_same(tiny_qwen3_path):
+    """Greedy and seeded, chunks and preemption: with the next step launched before the last one's tokens are known."""
+    settings = dict(dtype="float32", device="cuda", num_kv_blocks=30, max_num_batched_tokens=24, max_num_seqs=8)
+    prompts = prompts_of([70, 3, 40, 41, 8, 100, 16, 17], seed=5)
+    params = [
+        SamplingParams(temperature=t, top_p=p, seed=i, max_tokens=40, stop_token_ids=list(range(20)))
+        for i, (t, p) in enumerate([(0, 1.0), (1.0, 1.0), (1.0, 0.9), (0, 1.0)] * 2)
+    ]
+    answers = []
+    for overlaps in (True, False):
+        llm = LLM(tiny_qwen3_path, **settings)
+        assert llm.engine.overlap is not None
+        if not overlaps:
+            llm.engine.overlap = None
+        answers.append([a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)])
+        assert len(llm.engine.block_manager.free) == 30
+        llm.close()
+    assert answers[0] == answers[1]

@@ -1,0 +1,77 @@
+"""Steps that overlap: on a GPU, a step is launched before the tokens of the one before it are known.
+
+`LLMEngine.step` waits for its tokens before it plans the next step, and meanwhile the GPU has nothing to do. Here the
+next step is planned and launched first; then Python learns what the last one gave, while the GPU computes. Planning
+needs counts, not tokens, and a sequence's next token is read where it was sampled, on the GPU. (vLLM and SGLang do the
+same; NanoFlow, Zhu et al. 2024, has it as asynchronous scheduling.)
+
+The price: that a sequence is finished is learnt one step late. What was launched for it meanwhile is dropped.
+"""
+
+from collections import deque
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from nanovllm.engine.model_runner import LaunchedStep
+from nanovllm.engine.scheduler import Batch
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine, Request
+
+
+class Overlap:
+    """Makes an engine's steps, up to two of them in flight at a time."""
+
+    def __init__(self, engine: "LLMEngine") -> None:
+        self.engine = engine
+        self.in_flight: deque[tuple[Batch, LaunchedStep]] = deque()  # the oldest first
+        self.finished: list[Request] = []  # those that nobody has been told of yet
+
+    def step(self) -> tuple[Batch, list["Request"]]:
+        """Launch a step, and learn what the one before it gave: returns that one's batch, and the requests it finished.
+
+        The first step has none before it: the batch is empty. If a step fails, it raises; the sequences of all steps in
+        flight go back to the queue, as if these had never been.
+        """
+        start = perf_counter()
+        engine, learnt = self.engine, Batch()
+        batch = engine.scheduler.schedule()
+        if batch.scheduled:
+            try:
+                self.in_flight.append((batch, engine.model_runner.launch(batch)))
+            except Exception:
+                self.fail(batch)
+                raise
+        elif engine.requests and not batch.preempted and not self.in_flight:
+            raise RuntimeError(f"{type(engine.scheduler).__name__} scheduled nothing, although requests wait")
+        if len(self.in_flight) > bool(batch.scheduled):
+            learnt = self.learn()
+            engine._log(learnt, perf_counter() - start)
+        if not engine.requests:
+            self.drain()  # what was launched for those who had finished already
+        finished, self.finished = self.finished, []
+        return learnt, finished
+
+    def learn(self) -> Batch:
+        """Wait for the oldest step in flight, and take in what it gave."""
+        batch, launched = self.in_flight.popleft()
+        try:
+            token_ids = launched.tokens()
+        except Exception:
+            self.fail(batch)
+            raise
+        self.engine.scheduler.update(batch, token_ids)
+        self.finished += self.engine._show(batch, launched.logprobs)
+        return batch
+
+    def drain(self) -> None:
+        """Wait for all steps in flight; the next step tells which requests they finished."""
+        while self.in_flight:
+            self.learn()
+
+    def fail(self, batch: Batch) -> None:
+        """A step has failed, and with it all that are in flight: whoever is in both worked on its results."""
+        batches = [*(other for other, _ in self.in_flight), batch]
+        self.in_flight.clear()
+        for other in batches:
+            self.engine.scheduler.fail(other)

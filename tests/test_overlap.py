@@ -1,0 +1,190 @@
+"""Overlapped steps give what steps one after the other give.
+
+Only a GPU's engine overlaps. Here one on a CPU does: what its sequences sampled last is kept beside it, in the place of
+the table on the GPU. With one (tests/gpu) the same happens for real.
+"""
+
+import random
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.overlap import Overlap
+
+
+def overlapping(path, **settings) -> LLM:
+    """An engine on a CPU that overlaps its steps."""
+    llm = LLM(path, dtype="float32", device="cpu", **settings)
+    runner, last_tokens = llm.engine.model_runner, {}
+    launch, prepare = runner.launch, runner.prepare
+
+    def remembering_launch(batch):
+        step = launch(batch)
+        rows = [s.seq.row for s in batch.scheduled if s.samples]
+        last_tokens.update(zip(rows, step.tokens(), strict=True))
+        return step
+
+    def knowing_prepare(tokens):
+        for i in (tokens.input_ids < 0).nonzero()[0]:
+            tokens.input_ids[i] = last_tokens[tokens.rows[tokens.owner[i]]]
+        return prepare(tokens)
+
+    runner.launch, runner.prepare = remembering_launch, knowing_prepare
+    llm.engine.overlap = Overlap(llm.engine)
+    return llm
+
+
+@pytest.fixture(scope="module")
+def plain(model_path) -> LLM:
+    return LLM(model_path, dtype="float32", device="cpu", num_kv_blocks=400)
+
+
+def workload(seed: int, num_requests: int = 12) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts that begin alike or not, greedy and seeded requests, with and without an end token to stop at."""
+    rng = random.Random(seed)
+    beginnings = [[rng.randrange(256) for _ in range(rng.randint(1, 40))] for _ in range(3)]
+    prompts = [
+        rng.choice(beginnings) + [rng.randrange(256) for _ in range(rng.randint(1, 20))] for _ in range(num_requests)
+    ]
+    params = [
+        SamplingParams(
+            temperature=rng.choice([0, 0, 1.0]),
+            top_p=rng.choice([1.0, 0.9]),
+            seed=i,
+            max_tokens=rng.randint(1, 30),
+            ignore_eos=rng.random() < 0.5,
+            stop_token_ids=[rng.randrange(256) for _ in range(8)],
+            logprobs=rng.choice([None, None, 2]),
+        )
+        for i in range(num_requests)
+    ]
+    return prompts, params
+
+
+def tidy(llm: LLM) -> None:
+    """Nothing is left of the requests: no step in flight, every block and every row free."""
+    engine = llm.engine
+    assert not engine.overlap.in_flight and not engine.scheduler.running and not engine.scheduler.waiting
+    assert len(engine.block_manager.free) == engine.block_manager.num_blocks
+    assert len(engine.scheduler.free_rows) == engine.config.max_num_seqs
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_same_answers(plain, model_path, seed):
+    """With a pool so small that sequences are preempted, and a budget so small that prompts come in chunks."""
+    prompts, params = workload(seed)
+    expected = plain.generate(prompts, params, use_tqdm=False)
+    rng = random.Random(seed)
+    llm = overlapping(
+        model_path,
+        num_kv_blocks=rng.randint(24, 40),
+        block_size=4,
+        max_num_batched_tokens=rng.choice([8, 40, 2048]),
+        max_num_seqs=rng.choice([2, 6, 20]),
+    )
+    answers = llm.generate(prompts, params, use_tqdm=False)
+    for name in ("token_ids", "text", "finish_reason"):
+        assert [a[name] for a in answers] == [a[name] for a in expected]
+    assert [a["logprobs"] and [set(step) for step in a["logprobs"]] for a in answers] == [
+        a["logprobs"] and [set(step) for step in a["logprobs"]] for a in expected
+    ]
+    tidy(llm)
+
+
+def test_two_steps_are_in_flight_at_a_time(model_path):
+    llm = overlapping(model_path)
+    events = []
+    launch, update = llm.engine.model_runner.launch, llm.engine.scheduler.update
+    llm.engine.model_runner.launch = lambda batch: events.append("launch") or launch(batch)
+    llm.engine.scheduler.update = lambda *args: events.append("update") or update(*args)
+    llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)
+    assert events == ["launch", "launch", "update", "launch", "update", "launch", "update", "update"]
+
+
+def test_an_answer_that_ends_early_is_cut_there(model_path, plain):
+    """Its last token ends it; a step that was launched meanwhile computed one more, which nobody sees."""
+    (long,) = plain.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), use_tqdm=False)
+    stop = long["token_ids"][5]
+    llm = overlapping(model_path)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[stop])
+    (answer,) = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+    end = long["token_ids"].index(stop) + 1
+    assert (answer["token_ids"], answer["finish_reason"]) == (long["token_ids"][:end], "stop")
+    tidy(llm)
+
+
+def test_steps_by_hand_and_traces_do_not_overlap(model_path):
+    llm = overlapping(model_path)
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    request_id = llm.add_request([1, 2, 3], params)
+    assert llm.step() == llm.step() == [] and [a["request_id"] for a in llm.step()] == [request_id]
+    with llm.trace() as trace:
+        llm.generate([[1, 2, 3]], params, use_tqdm=False)
+    assert len(trace.steps) == 3 and all(step.sampled for step in trace.steps)
+    tidy(llm)
+
+
+def test_who_was_added_by_hand_is_answered_by_the_next_step(model_path):
+    """It finishes while `generate` runs, or in a step that this has left in flight."""
+    llm = overlapping(model_path)
+    ids = [llm.add_request([7], SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)) for n in (2, 5, 6, 30)]
+    llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False)
+    answers = []
+    while llm.has_unfinished_requests():
+        answers += llm.step()
+    assert sorted(a["request_id"] for a in answers) == ids
+    assert [len(a["token_ids"]) for a in sorted(answers, key=lambda a: a["request_id"])] == [2, 5, 6, 30]
+    tidy(llm)
+
+
+def test_a_stream_left_early_and_an_abort_in_flight(model_path):
+    llm = overlapping(model_path)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    stream = llm.stream([1, 2, 3], params)
+    next(stream), next(stream)
+    assert llm.engine.overlap.in_flight
+    stream.close()
+    llm.reset_prefix_cache()
+    tidy(llm)
+    stream = llm.stream([1, 2, 3], params)
+    next(stream)
+    with llm.trace() as trace:  # opened with a step in flight
+        for _ in stream:
+            pass
+    assert sum(len(step.sampled) for step in trace.steps) in (18, 19)
+    tidy(llm)
+
+
+@pytest.mark.parametrize("failing_launch", [1, 2, 3, 5])
+@pytest.mark.parametrize("what", ["launch", "tokens"])
+def test_a_step_that_fails(model_path, plain, failing_launch, what):
+    """The call raises; who was added by hand is computed again and gets the same answer."""
+    prompts, params = [[1, 2, 3], list(range(40)), [9]], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    expected = [a["token_ids"] for a in plain.generate(prompts, params, use_tqdm=False)]
+    llm = overlapping(model_path, max_num_batched_tokens=32)
+    runner, num_launches = llm.engine.model_runner, 0
+    launch = runner.launch
+
+    def failing(batch):
+        nonlocal num_launches
+        num_launches += 1
+        if num_launches == failing_launch and what == "launch":
+            raise RuntimeError("the GPU is on fire")
+        step = launch(batch)
+        if num_launches == failing_launch:
+
+            def tokens():
+                raise RuntimeError("the GPU is on fire")
+
+            step.tokens = tokens
+        return step
+
+    runner.launch = failing
+    by_hand = [llm.add_request(prompt, params) for prompt in prompts]
+    with pytest.raises(RuntimeError, match="on fire"):
+        llm.generate([[4, 4, 4]], params, use_tqdm=False)
+    answers = {}
+    while llm.has_unfinished_requests():
+        answers |= {a["request_id"]: a["token_ids"] for a in llm.step()}
+    assert [answers[i] for i in by_hand] == expected
+    tidy(llm)
