@@ -40,7 +40,7 @@ class Overlap:
             try:
                 self.in_flight.append((batch, engine.model_runner.launch(batch)))
             except Exception:
-                self.fail(batch)
+                self.fail([*(other for other, _ in self.in_flight), batch])
                 raise
         elif engine.requests and not batch.preempted and not self.in_flight:
             raise RuntimeError(f"{type(engine.scheduler).__name__} scheduled nothing, although requests wait")
@@ -58,7 +58,7 @@ class Overlap:
         try:
             token_ids = launched.tokens()
         except Exception:
-            self.fail(batch)
+            self.fail([batch, *(other for other, _ in self.in_flight)])
             raise
         self.engine.scheduler.update(batch, token_ids)
         self.finished += self.engine._show(batch, launched.logprobs)
@@ -69,9 +69,8 @@ class Overlap:
         while self.in_flight:
             self.learn()
 
-    def fail(self, batch: Batch) -> None:
-        """A step has failed, and with it all that are in flight: whoever is in both worked on its results."""
-        batches = [*(other for other, _ in self.in_flight), batch]
+    def fail(self, batches: list[Batch]) -> None:
+        """A step has failed, and with it all that were in flight, in order: those after it had its results to work on."""
         self.in_flight.clear()
-        for other in batches:
-            self.engine.scheduler.fail(other)
+        for batch in batches:
+            self.engine.scheduler.fail(batch)

@@ -1,12 +1,6 @@
 """The stepper of chapter 00 in a real JupyterLab, as a reader has it: run its cells, press its buttons, save."""
 
 import json
-import os
-import re
-import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,85 +8,28 @@ from pathlib import Path
 import pytest
 
 from nanovllm.lessons.saving import WIDGET
-from nanovllm.lessons.series import NOTEBOOKS
 
-from .chromium import ARGUMENTS, CHROMIUM, sync_api
-
-SERVE = "import nanovllm.__main__ as m, pathlib; m.NOTEBOOKS = pathlib.Path({folder!r}); m.main({arguments})"
-MINUTES = 60_000  # Playwright counts in milliseconds
-
+from .chromium import sync_api
+from .lab import MINUTES, Cells, chapter_in_lab
 
 STEPPER_CELLS = ("llm = LLM(", "greedy = SamplingParams(", "small = LLM(", "stepper = Stepper(", "stepper.run()")
 
 
+def for_the_stepper(cells: Cells) -> Cells:
+    chosen = [cell for cell in cells if any(words in "".join(cell["source"]) for words in STEPPER_CELLS)]
+    assert len(chosen) == len(STEPPER_CELLS)
+    return chosen
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the notebooks: JupyterLab saves what it has open. Of chapter 00 only what the stepper needs."""
-    folder = Path(shutil.copytree(NOTEBOOKS, tmp_path_factory.mktemp("lab") / "notebooks"))
-    path = folder / "00_quickstart.ipynb"
-    notebook = json.loads(path.read_text())
-    sources = ["".join(cell["source"]) for cell in notebook["cells"]]
-    wanted = [any(words in source for words in STEPPER_CELLS) for source in sources]
-    notebook["cells"] = [cell for cell, is_wanted in zip(notebook["cells"], wanted) if is_wanted]
-    assert len(notebook["cells"]) == len(STEPPER_CELLS)
-    path.write_text(json.dumps(notebook))
-    return folder
+    return tmp_path_factory.mktemp("lab")
 
 
 @pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    """`nanovllm lab` on that copy; yields the address that it prints."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder.parent / "log.txt"
-    code = SERVE.format(folder=str(folder), arguments=["lab", "--no-browser", "--port", str(port)])
-    settings = folder.parent / "settings"
-    notebook_settings = settings / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
-    notebook_settings.parent.mkdir(parents=True)
-    notebook_settings.write_text(
-        json.dumps({"windowingMode": "none"})
-    )  # all cells are in the page, not the visible ones
-    folders = {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(settings / "workspaces")}
-    environment = os.environ | folders  # not this user's own, which may have other notebooks open
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=file, stderr=file, cwd=folder.parent, env=environment
-        )
-    try:
-        for _ in range(600):
-            found = re.search(r"http://127\.0\.0\.1\S+\?token=\w+", log.read_text())
-            if found:
-                break
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.2)
-        assert found, log.read_text()
-        yield found.group()
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def page(address: str) -> Iterator["sync_api.Page"]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.goto(address)
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
-        run_all(page)
+def page(folder: Path) -> Iterator["sync_api.Page"]:
+    with chapter_in_lab(folder, "00_quickstart", for_the_stepper, viewport=(1400, 1000)) as page:
         yield page
-        browser.close()
-
-
-def run_all(page: "sync_api.Page") -> None:
-    """Run all cells, and wait until none has a star any more."""
-    sync_api.expect(page.get_by_text("| Idle")).to_be_visible(timeout=MINUTES)  # in the status bar: the kernel is there
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name=re.compile("^Run All Cells$")).click()
-    stars = page.locator(".jp-CodeCell .jp-InputPrompt").filter(has_text="*")
-    sync_api.expect(stars).not_to_have_count(0, timeout=MINUTES)
-    sync_api.expect(stars).to_have_count(0, timeout=4 * MINUTES)
 
 
 def stepper(page: "sync_api.Page") -> "sync_api.Locator":
@@ -164,7 +101,7 @@ def test_abort_and_reset(page):
 
 
 def test_a_saved_notebook_keeps_pictures_and_drops_live_entries(page, folder):
-    path = folder / "00_quickstart.ipynb"
+    path = folder / "notebooks" / "00_quickstart.ipynb"
     before = path.read_text()
     page.keyboard.press("Control+s")
     for _ in range(100):

@@ -4,24 +4,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from .chromium import ARGUMENTS, CHROMIUM, sync_api
-from .test_lab import MINUTES, address, folder, run_all  # noqa: F401  # two of them are fixtures
+from .chromium import sync_api
+from .lab import chapter_in_lab
 
 ERRORS: list[str] = []  # what JavaScript threw and nobody caught, and what the console shows as an error
 
 
 @pytest.fixture(scope="module")
-def page(address: str) -> Iterator["sync_api.Page"]:  # noqa: F811
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.on("pageerror", lambda error: ERRORS.append(str(error)))
-        page.on("console", lambda m: ERRORS.append(f"{m.text} ({m.location['url']})") if m.type == "error" else None)
-        page.goto(address.replace("00_quickstart", "02_paged_attention"))
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
-        run_all(page)
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator["sync_api.Page"]:
+    with chapter_in_lab(
+        tmp_path_factory.mktemp("lab"), "02_paged_attention", errors=ERRORS, viewport=(1400, 1000)
+    ) as page:
         yield page
-        browser.close()
 
 
 def cache_map(page: "sync_api.Page") -> "sync_api.Locator":

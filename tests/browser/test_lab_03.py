@@ -1,36 +1,20 @@
 """Chapter 03 in a real JupyterLab: the cache map and the explorer; only the cells that they need are run."""
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from .chromium import ARGUMENTS, CHROMIUM, sync_api
-from .test_lab import MINUTES, address, folder, run_all  # noqa: F401  # two of them are fixtures
+from .chromium import sync_api
+from .lab import chapter_in_lab, with_ids
 
-NAME = "03_prefix_caching"
-CELLS = {"setup", "same-keys", "chain", "record", "cache-map", "hit-rate", "explorer"}
+CELLS = with_ids("setup", "same-keys", "chain", "record", "cache-map", "hit-rate", "explorer")
 ERRORS: list[str] = []  # what JavaScript threw and nobody caught, and what the console shows as an error
 
 
 @pytest.fixture(scope="module")
-def page(address: str, folder: Path) -> Iterator["sync_api.Page"]:  # noqa: F811
-    path = folder / f"{NAME}.ipynb"
-    notebook = json.loads(path.read_text())
-    notebook["cells"] = [cell for cell in notebook["cells"] if cell["id"] in CELLS]
-    assert len(notebook["cells"]) == len(CELLS)
-    path.write_text(json.dumps(notebook))
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.on("pageerror", lambda error: ERRORS.append(str(error)))
-        page.on("console", lambda m: ERRORS.append(m.text) if m.type == "error" else None)
-        page.goto(address.replace("00_quickstart", NAME))
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
-        run_all(page)
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator["sync_api.Page"]:
+    with chapter_in_lab(tmp_path_factory.mktemp("lab"), "03_prefix_caching", CELLS, ERRORS) as page:
         yield page
-        browser.close()
 
 
 def test_every_cell_runs(page):

@@ -1,34 +1,20 @@
 """The timeline of chapter 04 in a real JupyterLab: it plays the run that was recorded, and keeps its keys to itself."""
 
-import json
 from collections.abc import Iterator
 
 import pytest
 
-from .chromium import ARGUMENTS, CHROMIUM, sync_api
-from .test_lab import MINUTES, address, folder, run_all  # noqa: F401  # two of them are fixtures
+from .chromium import sync_api
+from .lab import chapter_in_lab, with_ids
 
-CELLS = ["setup", "static"]
+CELLS = with_ids("setup", "static")
 ERRORS: list[str] = []  # what JavaScript threw and nobody caught, and what the console shows as an error
 
 
 @pytest.fixture(scope="module")
-def page(address: str, folder) -> Iterator["sync_api.Page"]:  # noqa: F811
-    path = folder / "04_scheduling.ipynb"
-    notebook = json.loads(path.read_text())
-    notebook["cells"] = [cell for cell in notebook["cells"] if cell["id"] in CELLS]
-    assert len(notebook["cells"]) == len(CELLS)
-    path.write_text(json.dumps(notebook))
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.on("pageerror", lambda error: ERRORS.append(str(error)))
-        page.on("console", lambda m: ERRORS.append(f"{m.text} ({m.location['url']})") if m.type == "error" else None)
-        page.goto(address.replace("00_quickstart", "04_scheduling"))
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=2 * MINUTES)
-        run_all(page)
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator["sync_api.Page"]:
+    with chapter_in_lab(tmp_path_factory.mktemp("lab"), "04_scheduling", CELLS, ERRORS) as page:
         yield page
-        browser.close()
 
 
 def test_the_timeline_plays_the_run(page):
@@ -47,5 +33,5 @@ def test_the_timeline_plays_the_run(page):
 def test_keys_stay_in_the_timeline(page):
     page.locator(".nanovllm input[type=range]").focus()
     page.keyboard.press("b")
-    assert page.locator(".jp-Cell").count() == len(CELLS)
+    assert page.locator(".jp-Cell").count() == 2
     assert ERRORS == []
