@@ -108,8 +108,8 @@ def run_lab(args: argparse.Namespace) -> None:
     resolve_model(None)  # fetched now, with a progress bar, so that the first cell need not wait for it
     options = [
         f"--port={args.port}",
-        f"--ServerApp.root_dir={NOTEBOOKS}",
-        f"--LabApp.default_url=/lab/tree/{notebook.name}",  # so that the printed address opens it, too
+        f"--ServerApp.root_dir={NOTEBOOKS.parent}",  # the chapters link to docs/, too
+        f"--LabApp.default_url=/lab/tree/{NOTEBOOKS.name}/{notebook.name}",  # so that the printed address opens it
         "--ContentsManager.pre_save_hook=nanovllm.lessons.saving.drop_live_entries",
     ]
     if args.no_browser:
@@ -181,7 +181,9 @@ def run_env(args: argparse.Namespace) -> None:
         gpu = torch.cuda.get_device_properties(i)
         print(f"GPU {i}: {gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 1e9:.0f} GB")
     if not torch.cuda.is_available():
-        print(f"GPU: none (torch is built for CUDA {torch.version.cuda})")
+        print(
+            f"GPU: none ({f'torch is built for CUDA {torch.version.cuda}' if torch.version.cuda else 'a CPU build of torch'})"
+        )
 
 
 if __name__ == "__main__":

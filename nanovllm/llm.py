@@ -222,7 +222,8 @@ class Progress:
     """The progress bar of `generate`. A rate counts the time of those steps that had such tokens to compute."""
 
     def __init__(self, num_requests: int, disable: bool) -> None:
-        self.bar = tqdm(total=num_requests, desc="Generating", unit=" requests", disable=disable)
+        # Without smoothing: requests finish in some steps and not in others, and the rate shall be that of all.
+        self.bar = tqdm(total=num_requests, desc="Generating", unit=" requests", disable=disable, smoothing=0)
         self.tokens = {"prefill": 0, "decode": 0}
         self.seconds = {"prefill": 0.0, "decode": 0.0}
 
