@@ -68,6 +68,8 @@ DERIVED = {
     "6.6": "400 / 61",
     "108000": "chapter 02, rounded",
     "277000": "chapter 02, rounded",
+    "1024": "vLLM, EngineArgs.get_batch_defaults",
+    "8192": "vLLM, EngineArgs.get_batch_defaults",
 }
 
 
