@@ -256,7 +256,7 @@ def check_ageing(answer: Any, random: random.Random) -> Iterator[str]:
         for *_, played in play(make_scheduler(policy, num_blocks=400, max_num_seqs=8), mixed):
             pass
         waits[policy] = median(played.waits)
-    if waits[answer] > 0.85 * waits[Scheduler]:
+    if waits[answer] > 0.95 * waits[Scheduler]:  # in 300 random workloads the solution had at most 0.88 of it
         yield (
             f"nobody starves, but the short ones gain nothing: half of the requests have their first token after "
             f"{waits[answer]:.0f} steps, and first come, first served gives {waits[Scheduler]:.0f}. Do short ones go first?"
