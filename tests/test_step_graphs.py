@@ -1,0 +1,95 @@
+"""What a CUDA graph records, run on a CPU: a graph's replay is then a plain call of what it would have recorded.
+
+So the buffers, the padding and the tokens that are still in flight are tested without a GPU; tests/gpu records for real.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.overlap import Overlap
+
+cuda_graphs = pytest.importorskip("nanovllm.engine.cuda_graphs")
+
+
+@pytest.fixture
+def replaying(model_path, monkeypatch):
+    """Makes engines on a CPU whose steps go through `StepGraphs`, greedily."""
+
+    def capture(self, device):
+        self.memory = 0
+        for buckets, graphs, run in (
+            (self.buckets, self.graphs, self.run_model),
+            (self.sample_buckets, self.sample_graphs, self.run_sampler),
+        ):
+            for bucket in buckets:
+                graphs[bucket] = SimpleNamespace(replay=torch.inference_mode()(lambda b=bucket, run=run: run(b)))
+
+    monkeypatch.setattr(cuda_graphs.StepGraphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(cuda_graphs, "pinned", torch.from_numpy)
+    greedy = lambda logits, temperature, keys: logits.argmax(dim=-1)  # noqa: E731
+    monkeypatch.setattr(cuda_graphs.triton_sampler, "sample", greedy)
+
+    def make(overlaps: bool, **settings) -> LLM:
+        llm = LLM(model_path, dtype="float32", device="cpu", **settings)
+        runner = llm.engine.model_runner
+        runner.graphs = runner.capture_graphs(llm.engine.config, SimpleNamespace(hidden_size=64))
+        llm.engine.overlap = Overlap(llm.engine) if overlaps else None
+        return llm
+
+    return make
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+PROMPTS = [list(range(start, start + n)) for start, n in ((0, 70), (5, 3), (0, 40), (9, 41), (1, 8), (0, 100), (7, 16))]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("budget", [16, 24, 600])  # the last one's prefill is too large for any graph
+def test_the_same_tokens(replaying, model_path, overlaps, budget):
+    """Decodes, chunks, mixed and preempted: each bucket's padding, and prompts that share blocks."""
+    plain = LLM(model_path, dtype="float32", device="cpu")
+    expected = [a["token_ids"] for a in plain.generate(PROMPTS, GREEDY, use_tqdm=False)]
+    llm = replaying(overlaps, num_kv_blocks=14, max_num_batched_tokens=budget, max_num_seqs=5)
+    assert [a["token_ids"] for a in llm.generate(PROMPTS, GREEDY, use_tqdm=False)] == expected
+    assert len(llm.engine.block_manager.free) == 14
+
+
+def test_padding_writes_to_the_dummy_block_alone(replaying):
+    llm = replaying(False, num_kv_blocks=60, max_num_batched_tokens=64)
+    for prompt in PROMPTS[:5]:
+        llm.add_request(prompt, GREEDY)
+    for _ in range(4):
+        llm.step()
+    cache = llm.engine.model_runner.kv_cache  # [2, layers, blocks, block_size, kv_heads, head_dim]
+    before = cache.clone()
+    batch, _ = llm.engine.step()
+    assert batch.num_tokens == 5  # three rows of padding
+    changed = (before != cache).flatten(4).any(dim=-1).any(dim=0).any(dim=0)  # [blocks, block_size]
+    assert changed[:-1].sum() == 5
+
+
+def test_a_table_is_changed_where_it_has_changed(replaying):
+    """Rows are used again by others; what the last one left behind its own end is never followed."""
+    llm = replaying(False, num_kv_blocks=60, max_num_seqs=2)
+    graphs, runner = llm.engine.model_runner.graphs, llm.engine.model_runner
+    for prompt in PROMPTS:
+        llm.add_request(prompt, GREEDY)
+    while llm.has_unfinished_requests():
+        llm.step()
+        for seq in llm.engine.scheduler.running:
+            table = graphs.block_tables[seq.row, : len(seq.block_table)].tolist()
+            known = runner.num_copied_blocks[seq.row]
+            assert table[:known] == seq.block_table[:known]
+    assert (graphs.block_tables[-1] == 60).all()  # the row for padding leads to the dummy block
+
+
+def test_buckets():
+    assert cuda_graphs.buckets_up_to(1) == [1]
+    assert cuda_graphs.buckets_up_to(3) == [1, 2, 4]
+    assert cuda_graphs.buckets_up_to(24) == [1, 2, 4, 8, 16, 24]
+    assert cuda_graphs.buckets_up_to(25)[-1] == 32
+    assert cuda_graphs.buckets_up_to(16_384)[-1] == 512
