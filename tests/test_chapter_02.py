@@ -25,7 +25,7 @@ from nanovllm.lessons.chapter_02 import (
 )
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.lessons.tiny import tiny_llm
-from tests.test_notebooks import exercises, read, verdict
+from tests.test_notebooks import check_told, exercises, read
 
 CHAPTER = NOTEBOOKS / "02_paged_attention.ipynb"
 
@@ -161,9 +161,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("number", "answer", "words"), WRONG)
 def test_a_wrong_answer_is_told_what_is_wrong(number, answer, words):
-    result = verdict(CHAPTER, number, answer)
-    assert result.attempted and not result.right
-    assert repr(result).startswith(f"Exercise {number}: not yet. ") and words in repr(result)
+    check_told(CHAPTER, number, answer, words)
 
 
 def test_what_reserving_costs_on_the_benchmark():

@@ -19,7 +19,7 @@ from nanovllm.lessons.chapter_04 import (
 )
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.lessons.tiny import tiny_llm
-from tests.test_notebooks import read, verdict
+from tests.test_notebooks import check_told, read
 
 CHAPTER = NOTEBOOKS / "04_scheduling.ipynb"
 
@@ -143,9 +143,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("number", "answer", "words"), WRONG)
 def test_a_wrong_answer_is_told_what_is_wrong(number, answer, words):
-    result = verdict(CHAPTER, number, answer)
-    assert result.attempted and not result.right
-    assert repr(result).startswith(f"Exercise {number}: not yet. ") and words in repr(result)
+    check_told(CHAPTER, number, answer, words)
 
 
 def test_play_knows_who_waited_how_long():

@@ -80,6 +80,13 @@ def verdict(path: Path, number: int, answer: str | None, seed: int = 0) -> Verdi
     return eval(compile(ast.fix_missing_locations(ast.Expression(check.value)), "check", "eval"), namespace)
 
 
+def check_told(path: Path, number: int, answer: str, words: str) -> None:
+    """A wrong answer counts as an attempt, is not right, and is told so in these words."""
+    result = verdict(path, number, answer)
+    assert result.attempted and not result.right
+    assert repr(result).startswith(f"Exercise {number}: not yet. ") and words in repr(result)
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_three_to_five_exercises(path):
     assert 3 <= len(exercises(path)) <= 5

@@ -138,14 +138,10 @@ class StepGraphs:
 
         `rows` says for each token in which row of the table its sequence's block table stands.
         """
-        num_tokens = len(input_ids)
-        bucket = self.buckets[bisect_left(self.buckets, num_tokens)]
-        inputs = np.zeros((3, bucket), np.int64)
-        inputs[2] = self.padding_row
-        inputs[:, :num_tokens] = input_ids, positions, rows
-        self.inputs[: 3 * bucket].copy_(pinned(inputs.ravel()), non_blocking=True)
-        self.graphs[bucket].replay()
-        return self.hidden_states[:num_tokens]
+        self.run_graph(
+            self.graphs, self.inputs, np.stack([input_ids, positions, rows]), padding=[0, 0, self.padding_row]
+        )
+        return self.hidden_states[: len(input_ids)]
 
     def samples_at_once(self, num_sampled: int) -> bool:
         """Whether there is a graph to sample so many sequences."""
@@ -157,13 +153,21 @@ class StepGraphs:
         if hidden_states.data_ptr() != self.hidden_states.data_ptr():  # of a step too large for a graph
             self.hidden_states[:num_sampled] = hidden_states[pinned(at).to(hidden_states.device, non_blocking=True)]
             at = np.arange(num_sampled)
-        bucket = self.sample_buckets[bisect_left(self.sample_buckets, num_sampled)]
-        inputs = np.zeros((3, bucket), np.int64)
-        inputs[1] = self.padding_row
-        inputs[:, :num_sampled] = at, rows, keys
-        self.sample_inputs[: 3 * bucket].copy_(pinned(inputs.ravel()), non_blocking=True)
-        self.sample_graphs[bucket].replay()
+        self.run_graph(
+            self.sample_graphs, self.sample_inputs, np.stack([at, rows, keys]), padding=[0, self.padding_row, 0]
+        )
         return self.token_ids[:num_sampled].clone()
+
+    def run_graph(
+        self, graphs: dict[int, torch.cuda.CUDAGraph], buffer: torch.Tensor, inputs: np.ndarray, padding: list[int]
+    ) -> None:
+        """Replay the graph of the next bucket for `inputs`, `[3, n]`, with columns of `padding` behind them."""
+        n = inputs.shape[1]
+        bucket = BUCKETS[bisect_left(BUCKETS, n)]
+        padded = np.repeat(np.array(padding)[:, None], bucket, axis=1)  # [3, bucket]
+        padded[:, :n] = inputs
+        buffer[: 3 * bucket].copy_(pinned(padded.ravel()), non_blocking=True)
+        graphs[bucket].replay()
 
     def write(self, table: torch.Tensor, places: np.ndarray, values: np.ndarray) -> None:
         """Change some numbers of a table, one-dimensional, on the device."""

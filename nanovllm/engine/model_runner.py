@@ -54,6 +54,7 @@ class StepTokens:
 
     rows: np.ndarray  # [num_seqs]: where each sequence's block table and settings stand
     num_new: np.ndarray  # [num_seqs]: tokens of each
+    ends: np.ndarray  # [num_seqs]: where each one's tokens end in the batch
     context_lens: np.ndarray  # [num_seqs]: tokens each can look back on, the new ones included
     owner: np.ndarray  # [num_tokens]: whose each token is
     positions: np.ndarray  # [num_tokens]: where in its sequence it stands
@@ -181,7 +182,7 @@ class ModelRunner:
             with use_context(context):
                 hidden_states = self.model(input_ids, positions)  # [num_tokens, hidden_size]
         computed = perf_counter()
-        launched = self.sample(batch, np.cumsum(tokens.num_new) - 1, hidden_states)
+        launched = self.sample(batch, tokens.ends - 1, hidden_states)
         sampled = perf_counter()
         launched.times = {"prepare": prepared - start, "forward": computed - prepared, "sample": sampled - computed}
         return launched
@@ -211,7 +212,7 @@ class ModelRunner:
         num_new = np.array([s.num_new_tokens for s in scheduled])
         # From here on one entry a token.
         owner = np.repeat(np.arange(len(scheduled)), num_new)
-        first = np.cumsum(num_new) - num_new  # [num_seqs]: each sequence's first token in the batch
+        ends = np.cumsum(num_new)
         token_ids = []
         for s in scheduled:
             token_ids += s.seq.token_ids[s.num_computed_tokens : s.num_computed_tokens + s.num_new_tokens]
@@ -220,9 +221,10 @@ class ModelRunner:
         return StepTokens(
             rows=np.array([s.seq.row for s in scheduled]),
             num_new=num_new,
+            ends=ends,
             context_lens=starts + num_new,
             owner=owner,
-            positions=np.arange(len(owner)) - first[owner] + starts[owner],
+            positions=np.arange(len(owner)) - (ends - num_new)[owner] + starts[owner],
             input_ids=np.array(token_ids, np.int64),
         )
 
@@ -235,7 +237,7 @@ class ModelRunner:
         context = Context(
             block_size=self.block_size,
             num_decodes=int((tokens.num_new == 1).sum()),
-            query_start=self.to_device(np.concatenate([[0], np.cumsum(tokens.num_new)]).astype(np.int32)),
+            query_start=self.to_device(np.concatenate([[0], tokens.ends]).astype(np.int32)),
             context_lens=self.to_device(context_lens.astype(np.int32)),
             block_tables=self.to_device(block_tables),  # [num_seqs, max_blocks]
             slot_mapping=self.to_device(slots),
