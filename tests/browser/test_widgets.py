@@ -17,6 +17,9 @@ from ..test_widgets import long_run, plain
 from .chromium import ARGUMENTS, CHROMIUM, sync_api
 
 PLAYER = "document.querySelector('.nanovllm').nanovllm"
+# As the widget does when a message comes.
+APPEND = f"message => {{ const player = {PLAYER}; player.recording.append(message); "
+APPEND += "player.show(player.recording, player.recording.frames.length - 1); }"
 PIXELS = "canvas => canvas.toDataURL()"
 
 # Sets the slider, as a drag does, in every frame of the screen; counts those after which the picture is another.
@@ -125,8 +128,25 @@ def test_new_steps_come_as_messages(show):
         run.step()
         message = {"at": sent - 1, "frames": [changes(frames, i) for i in range(sent - 1, len(frames))]}
         sent = len(frames)
-        page.evaluate(f"message => {PLAYER}.recording.append(message)", json.loads(json.dumps(message)))
+        page.evaluate(APPEND, json.loads(json.dumps(message)))
         assert snapshots(page) == [plain(frames, i) for i in range(len(frames))]
+
+
+def test_steps_that_come_while_it_is_hidden(show):
+    """Back in sight it may be drawn, for a theme or a mouse, before the browser says that its size has changed."""
+    run = Run(num_blocks=6)
+    run.add(make_sequence("aaaa bbbb c", max_tokens=9, id=0))
+    frames = Frames(run.trace)
+    page = show(frames)
+    page.evaluate(f"{PLAYER}.root.style.display = 'none'")
+    sent = len(frames)
+    run.add(make_sequence("aaaa d", max_tokens=5, id=1))
+    run.step()
+    message = {"at": sent - 1, "frames": [changes(frames, i) for i in range(sent - 1, len(frames))]}
+    page.evaluate(APPEND, json.loads(json.dumps(message)))
+    page.evaluate(f"{PLAYER}.root.style.display = ''; {PLAYER}.draw()")
+    assert index(page) == len(frames) - 1
+    assert page.evaluate(f"{PLAYER}.parts[1].slots.size") == 2  # a row for each request
 
 
 def test_slider(show, scene):

@@ -1020,6 +1020,7 @@ class Player {
   /** The run has grown, or is another one. */
   show(recording, index) {
     this.recording = recording;
+    this.isLaidOut = false;
     this.layout();
     this.goTo(index);
   }
@@ -1039,6 +1040,7 @@ class Player {
         part.layout(width);
       }
     }
+    this.isLaidOut = true;
     this.slider.max = String(this.last);
     const longest = Math.max(...this.recording.frames.map(({ sentence }) => sentence.length));
     const numLines = Math.min(3, Math.ceil((longest * 7) / width)); // room for them, so that the picture stays in place
@@ -1054,6 +1056,7 @@ class Player {
   draw() {
     cancelAnimationFrame(this.request);
     this.request = undefined;
+    if (this.root.clientWidth && !this.isLaidOut) return this.layout(); // it has grown in a hidden tab
     const frame = this.recording.frames[this.index];
     const style = getComputedStyle(this.root);
     const names = ["page", "ink", "quiet", "line", "empty", "accent"];
