@@ -19,7 +19,6 @@ from torch import nn
 from tqdm import tqdm
 
 from nanovllm.engine.buckets import bucket_of, buckets_up_to
-from nanovllm.kernels import triton_sampler
 from nanovllm.utils.context import Context, use_context
 
 logger = logging.getLogger(__name__)
@@ -114,9 +113,11 @@ class StepGraphs:
 
     def run_sampler(self, bucket: int) -> None:
         """Tokens for some of the hidden states, greedy or by temperature."""
+        from nanovllm.kernels.triton_sampler import sample  # it needs Triton; all else here can be read anywhere
+
         at, rows, keys = self.sample_inputs[: 3 * bucket].view(3, bucket)
         logits = self.model.compute_logits(self.hidden_states[at])  # type: ignore[operator]
-        self.token_ids[:bucket] = triton_sampler.sample(logits, self.temperature[rows], keys)
+        self.token_ids[:bucket] = sample(logits, self.temperature[rows], keys)
         self.remember(rows, self.token_ids[:bucket])
 
     def remember(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 python -m nanovllm.lessons run [00 …]   execute the chapters and save them
 python -m nanovllm.lessons draw         draw the pictures that stand in their texts
 python -m nanovllm.lessons check        say what is wrong with what is saved
+python -m nanovllm.lessons record NN    on a GPU: make the recordings that a chapter shows to those without one
 """
 
 import argparse
@@ -39,6 +40,8 @@ def main() -> int:
     run.add_argument("numbers", nargs="*", metavar="NN", help="chapters, such as 00 (default: all)")
     commands.add_parser("draw", help="draw the pictures of the texts")
     commands.add_parser("check", help="verify what is saved")
+    record = commands.add_parser("record", help="on a GPU: make the recordings of a chapter")
+    record.add_argument("chapter", metavar="NN", help="its number, such as 05")
     args = parser.parse_args()
 
     paths = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
@@ -46,6 +49,15 @@ def main() -> int:
         from nanovllm.lessons.pictures import draw_all  # this loads torch and runs the model
 
         draw_all(NOTEBOOKS / "images")
+    if args.command == "record":
+        from nanovllm.lessons.record import record as make_recordings  # this loads torch
+
+        try:
+            for path in make_recordings(args.chapter):
+                print(f"{path.relative_to(NOTEBOOKS.parent)}: {path.stat().st_size:,} bytes")
+        except (RuntimeError, ValueError) as error:
+            print(error, file=sys.stderr)
+            return 1
     if args.command == "run":
         for path in paths:
             if not args.numbers or path.name[:2] in args.numbers:

@@ -1,0 +1,187 @@
+"""Recordings: what a chapter shows of a machine that its reader may not have.
+
+    python -m nanovllm.lessons record 05      on a GPU: writes notebooks/recordings/05_decode_step.json
+
+A recording is JSON. `about` says on what it was made, by which commit, by which command and when; a chapter prints that
+under what it draws. On a GPU a chapter records afresh; elsewhere it plays what is stored; where nothing is stored, it
+says so.
+"""
+
+import json
+import platform
+import random
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+from unittest import mock
+
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.bench.gpu import SETTINGS, qwen3_folder
+from nanovllm.bench.report import git_commit
+from nanovllm.bench.steps import decoding, random_prompt
+from nanovllm.lessons.launches import Launches, from_profiler
+from nanovllm.lessons.series import NOTEBOOKS
+
+RECORDINGS = NOTEBOOKS / "recordings"
+MAX_BYTES = 200_000
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DRAWN = (1, 256)  # the batch sizes of the timelines
+CONTEXT_LEN = 1024
+ROUNDS = 30  # steps that are timed, of which the median is kept
+PREFILL = (8, 1024)  # prompts, tokens in each
+
+Recording = dict[str, Any]
+
+
+# -- A decode step, eager and from a graph -----------------------------------------------------------------------------
+
+
+def decode_step() -> Recording:
+    """Chapter 05: a decode step of a model with the sizes of Qwen3-0.6B, eager and from a CUDA graph."""
+    recording: Recording = {"about": about("05"), "timelines": {}, "seconds": {}}
+    for name, settings in {"eager": {"enforce_eager": True}, "graph": {}}.items():
+        with qwen3_folder() as path, timed_capture() as capture:
+            llm = LLM(path, load_format="dummy", **SETTINGS | settings)
+        generator = random.Random(0)
+        recording["seconds"][name] = seconds = {}
+        for n in BATCH_SIZES:
+            with decoding(llm, n, CONTEXT_LEN, generator):
+                seconds[str(n)] = round(median_seconds(llm.step), 6)
+                if n in DRAWN:
+                    recording["timelines"][f"{name}, batch {n}"] = profiled(llm.step).to_dict()
+        if name == "eager":
+            seconds["prefill"] = round(median_seconds(lambda: prefill(llm, generator)), 6)
+        else:
+            graphs = llm.engine.model_runner.graphs
+            assert graphs is not None, "this GPU's engine has no CUDA graphs: its attention is not Triton's"
+            count = len(graphs.graphs) + len(graphs.sample_graphs)
+            recording["graphs"] = {"count": count, "bytes": graphs.memory, "seconds": round(capture["seconds"], 2)}
+            recording["memory"] = {
+                kind: getattr(llm.engine.model_runner.memory, kind) for kind in ("weights", "graphs")
+            }
+        llm.close()
+    return recording
+
+
+@contextmanager
+def timed_capture() -> Iterator[dict[str, float]]:
+    """Seconds that the graphs of an engine made inside take to capture, in the dict that it gives."""
+    from nanovllm.engine.cuda_graphs import StepGraphs
+
+    capture, seconds = StepGraphs.capture, {"seconds": 0.0}
+
+    def timed(self: StepGraphs, device: torch.device) -> None:
+        start = perf_counter()
+        capture(self, device)
+        seconds["seconds"] = perf_counter() - start
+
+    with mock.patch.object(StepGraphs, "capture", timed):
+        yield seconds
+
+
+def median_seconds(work: Callable[[], Any]) -> float:
+    """Seconds of some work, which waits for the GPU by itself."""
+    times = []
+    for _ in range(3 + ROUNDS):
+        start = perf_counter()
+        work()
+        times.append(perf_counter() - start)
+    return statistics.median(times[3:])
+
+
+def prefill(llm: LLM, generator: random.Random) -> None:
+    """One step of several prompts."""
+    num_prompts, prompt_len = PREFILL
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    for _ in range(num_prompts):
+        llm.add_request(random_prompt(llm, prompt_len, generator), params)
+    while llm.has_unfinished_requests():
+        llm.step()
+
+
+def profiled(work: Callable[[], Any]) -> Launches:
+    """What some work put into the GPU's queue, and what the GPU did: of the second run, for the first is slower."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(2):
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            work()
+            torch.cuda.synchronize()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return from_profiler(json.loads(path.read_text())["traceEvents"])
+
+
+# -- All recordings ----------------------------------------------------------------------------------------------------
+
+MADE_BY: dict[str, Callable[[], Recording]] = {"05_decode_step": decode_step}
+
+
+def about(chapter: str) -> dict[str, str]:
+    """The machine, the versions, the commit, the command and the date."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "nanovllm"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # Triton outside Linux
+            pass
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "driver": driver(),
+        "cuda": str(torch.version.cuda),
+        **versions,
+        "model": "sizes of Qwen3-0.6B, random weights",
+        "commit": git_commit() or "unknown",
+        "command": f"python -m nanovllm.lessons record {chapter}",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver, as its own tool tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def record(chapter: str) -> list[Path]:
+    """Make the recordings of a chapter and write them. RuntimeError where there is no GPU: nothing is made up."""
+    names = [name for name in MADE_BY if name.startswith(chapter)]
+    if not names:
+        raise ValueError(f"chapter {chapter} has no recordings; there are {', '.join(MADE_BY)}")
+    if not torch.cuda.is_available():
+        raise RuntimeError("a recording is made on a GPU, and torch finds none here")
+    return [write(name, MADE_BY[name]()) for name in names]
+
+
+def write(name: str, recording: Recording) -> Path:
+    """Save a recording, if it is small."""
+    text = json.dumps(recording, separators=(",", ":"))
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"the recording {name} has {len(text):,} bytes; {MAX_BYTES:,} are allowed")
+    RECORDINGS.mkdir(exist_ok=True)
+    path = RECORDINGS / f"{name}.json"
+    path.write_text(text + "\n")
+    return path
+
+
+def recording(name: str) -> Recording | None:
+    """A fresh recording where there is a GPU; else the stored one; None if there is neither."""
+    if torch.cuda.is_available():
+        return MADE_BY[name]()
+    path = RECORDINGS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
