@@ -219,12 +219,12 @@ def capture_graphs(llm: LLM) -> cuda_graphs.StepGraphs:
 @contextmanager
 def watch_hidden_states(llm: LLM) -> Iterator[list[torch.Tensor]]:
     """Inside, a list grows by a copy of the hidden states of each step, `[num_tokens, hidden_size]`."""
-    runner, states = llm.engine.model_runner, []
+    runner, states = llm.engine.model_runner, list[torch.Tensor]()
     sample = runner.sample
 
-    def watching(batch: Any, last: Any, hidden_states: torch.Tensor) -> Any:
+    def watching(inputs: Any, hidden_states: torch.Tensor) -> Any:
         states.append(hidden_states.clone())
-        return sample(batch, last, hidden_states)
+        return sample(inputs, hidden_states)
 
     with mock.patch.object(runner, "sample", watching):
         yield states

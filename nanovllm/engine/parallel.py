@@ -1,0 +1,251 @@
+"""Tensor parallelism: several ranks, each a process with its part of the model, are started, fed, watched and ended.
+
+The process in which the user is plans the steps and has no part of the model. It tells every rank the same over a pipe,
+and every rank answers. Under torchrun, the others' pipes are connections to other hosts (`docs/distributed.md`).
+"""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import PretrainedConfig
+
+from nanovllm.config import Config
+from nanovllm.engine.kv_cache import MemoryUse
+from nanovllm.engine.model_runner import ModelRunner, resolve_device
+from nanovllm.engine.rank import Report, serve
+from nanovllm.engine.scheduler import Batch
+from nanovllm.engine.step_inputs import InputCollector
+from nanovllm.engine.torchrun import accept, connect, is_torchrun
+from nanovllm.utils.interrupts import interrupts_deferred
+
+PATIENCE = 1.0  # seconds to hear what the other ranks have to say when one has failed
+TIME_TO_END = 5.0  # seconds that a rank has to end by itself
+LOG_TAIL = 2000  # bytes of what a rank has written before it died
+
+
+def make_runner(config: Config, hf_config: PretrainedConfig, path: Path) -> Any:
+    """The `ModelRunner` of an engine, or a `ParallelRunner` for several ranks. ValueError if the model does not divide.
+
+    In a process that torchrun has started as another rank than the first, this does the rank's work, and then exits.
+    """
+    size = config.tensor_parallel_size
+    if size == 1:
+        return ModelRunner(config, hf_config, path)
+    check_shares(hf_config, size)
+    if is_torchrun():
+        world_size = int(os.environ["WORLD_SIZE"])
+        if world_size != size:
+            raise ValueError(f"torchrun has started {world_size} processes, but tensor_parallel_size is {size}")
+        if (rank := int(os.environ["RANK"])) > 0:
+            sys.exit(serve(connect(rank), rank, config, path, None))
+    return ParallelRunner(config, path)
+
+
+def check_shares(hf_config: PretrainedConfig, size: int) -> None:
+    """ValueError, with the sizes that would do, unless a model can be shared by `size` ranks."""
+    num_heads, num_kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
+    width = hf_config.intermediate_size
+
+    def fits(size: int) -> bool:
+        shares_kv_heads = num_kv_heads % size == 0 or size % num_kv_heads == 0
+        return num_heads % size == 0 and width % size == 0 and shares_kv_heads
+
+    if not fits(size):
+        sizes = ", ".join(str(n) for n in range(1, num_heads + 1) if fits(n))
+        raise ValueError(
+            f"tensor_parallel_size is {size}, but this model has {num_heads} attention heads, {num_kv_heads} KV heads "
+            f"and an intermediate size of {width}, which must divide evenly; sizes that do: {sizes}"
+        )
+
+
+class RemoteStep:
+    """A step that all ranks have been told of."""
+
+    def __init__(self, runner: "ParallelRunner") -> None:
+        self._runner = runner
+        self.logprobs: dict[int, dict[int, float]] = {}
+        self.times: dict[str, float] = {}
+
+    def tokens(self) -> list[int]:
+        """Wait for it, as `LaunchedStep.tokens` does; steps are waited for in the order in which they were launched."""
+        token_ids, self.logprobs, self.times = self._runner.receive()[0]
+        return token_ids
+
+
+class ParallelRunner:
+    """Stands for the ranks' model runners: what it is asked, it asks of them.
+
+    RuntimeError if a rank dies or fails: it names the rank, all are ended, and this engine is of no more use.
+    """
+
+    def __init__(self, config: Config, path: Path) -> None:
+        self.size = config.tensor_parallel_size
+        self.device = resolve_device(config.device)
+        if self.device.index is not None:
+            raise ValueError(
+                f"device is {config.device!r}, but tensor_parallel_size is {self.size}; use device={self.device.type!r}, "
+                "and CUDA_VISIBLE_DEVICES to choose among GPUs"
+            )
+        if self.device.type == "cuda" and not is_torchrun() and self.size > torch.cuda.device_count():
+            raise ValueError(
+                f"tensor_parallel_size is {self.size}, but there are {torch.cuda.device_count()} GPUs here; "
+                "lower it, or use device='cpu' or torchrun"
+            )
+        self.collector: InputCollector = InputCollector(config.max_num_seqs)
+        self.failure: str | None = None
+        self.processes: list[subprocess.Popen] = []
+        self.connections: list[Connection] = []
+        self.logs: list[Any] = []  # what the processes have written
+        self._end: weakref.finalize = weakref.finalize(self, end, self.processes, self.connections)
+        try:
+            with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
+                if is_torchrun():
+                    self.start(config, path, None, num_children=1)
+                    self.connections += accept(self.size)
+                else:
+                    self.start(config, path, f"{folder}/ranks", num_children=self.size)
+                ready = self.receive()
+        except BaseException:
+            self.close()
+            raise
+        self.num_blocks: int
+        self.dtype: torch.dtype
+        self.device_name: str
+        self.memory: MemoryUse  # of the first rank
+        self.num_blocks, self.dtype, self.device_name, self.memory = ready[0]
+
+    def start(self, config: Config, path: Path, store: str | None, num_children: int) -> None:
+        """Start ranks as processes, with as many threads each as this one has for all of them."""
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.size)),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+        }
+        if store is not None:  # all on this computer, whatever it is called in whatever network it is in
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        config = replace(config, scheduler=None)  # that may be a class of the user's, and they have no use for it
+        for rank in range(num_children):
+            ours, theirs = Pipe()
+            log = tempfile.TemporaryFile()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "nanovllm.engine.rank", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C in a terminal, or Jupyter's stop button, is for us alone
+            )
+            theirs.close()
+            self.processes.append(process)
+            self.connections.append(ours)
+            self.logs.append(log)
+        for rank, connection in enumerate(self.connections):
+            self.tell(connection, pickle.dumps((rank, config, path, store)))
+
+    # -- Asking --------------------------------------------------------------------------------------------------------
+
+    def launch(self, batch: Batch) -> RemoteStep:
+        """Start a step on all ranks, as `ModelRunner.launch` does on one."""
+        self.send("run", self.collector.collect(batch))
+        return RemoteStep(self)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What each rank holds and has exchanged so far: see `ModelRunner.describe`."""
+        with interrupts_deferred():
+            self.send("describe")
+            return [description for (description,) in self.receive()]
+
+    def send(self, *message: Any) -> None:
+        """Tell all ranks the same."""
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
+        data = pickle.dumps(message)
+        for connection in self.connections:
+            self.tell(connection, data)
+
+    def tell(self, connection: Connection, message: bytes) -> None:
+        try:
+            connection.send_bytes(message)
+        except OSError:
+            self.fail({})
+
+    def receive(self) -> list[Any]:
+        """The answers of all ranks to what they have been told; to the oldest of it that they have not answered yet."""
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
+        answers: dict[int, Any] = {}
+        while len(answers) < self.size:
+            answers |= self.hear(answers)
+            if reports := {rank: answer for rank, answer in answers.items() if isinstance(answer, Report)}:
+                self.fail(reports)
+        return [answers[rank] for rank in range(self.size)]
+
+    def hear(self, heard: Collection[int], timeout: float | None = None) -> dict[int, Any]:
+        """What some rank says that has not been heard yet, or several; a `Report` if it has failed or died."""
+        connections = [connection for rank, connection in enumerate(self.connections) if rank not in heard]
+        answers: dict[int, Any] = {}
+        for connection in wait(connections, timeout):
+            rank = self.connections.index(connection)  # type: ignore[arg-type]
+            try:
+                answers[rank] = connection.recv()  # type: ignore[union-attr, call-arg]
+            except (EOFError, OSError):
+                answers[rank] = Report(rank, -1.0, self.obituary(rank))  # before any error, which it may have caused
+        return answers
+
+    # -- When it ends --------------------------------------------------------------------------------------------------
+
+    def fail(self, reports: dict[int, Report]) -> NoReturn:
+        """A rank has failed. Others then do, too: hear them all, for a short while, and name the one that was first."""
+        deadline = time.monotonic() + PATIENCE
+        while len(reports) < self.size and (left := deadline - time.monotonic()) > 0:
+            reports |= {rank: answer for rank, answer in self.hear(reports, left).items() if isinstance(answer, Report)}
+        first = min(reports.values(), key=lambda report: report.when)
+        for process in self.processes:
+            process.kill()
+        self.close()
+        self.failure = f"rank {first.rank} of {self.size} {first.text}; this engine has ended, make a new LLM"
+        raise ValueError(first.text) if first.is_users else RuntimeError(self.failure)
+
+    def obituary(self, rank: int) -> str:
+        """How a rank died that has not said why."""
+        if rank >= len(self.processes):
+            return "has closed its connection"
+        try:
+            code = self.processes[rank].wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            return "has closed its pipe"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        log = self.logs[rank]
+        log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL))
+        written = log.read().decode(errors="replace").strip()
+        return f"{how}; the last that it wrote:\n{written}\n" if written else how
+
+    def close(self) -> None:
+        """End all ranks. Twice is fine."""
+        self._end()
+        self.failure = self.failure or "this engine has been closed; make a new LLM"
+
+
+def end(processes: Sequence[subprocess.Popen], connections: Sequence[Connection]) -> None:
+    """Close the pipes, upon which a rank ends; those that have not in time are killed."""
+    for connection in connections:
+        connection.close()
+    deadline = time.monotonic() + TIME_TO_END
+    for process in processes:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
