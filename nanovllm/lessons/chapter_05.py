@@ -1,5 +1,6 @@
 """What chapter 05 shares: a step's operators as a picture, a tape in the place of CUDA graphs, padding, exercise checks."""
 
+import os
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm import LLM
@@ -124,10 +126,27 @@ def draw_operators(operators: Sequence[Operator]) -> Figure:
     return figure
 
 
+def names_from_profiler(work: Callable[[], Any]) -> list[str]:
+    """The name of each call that PyTorch's profiler sees while some work is done.
+
+    Some releases of PyTorch say on stderr, from C++, that the profiler starts; no notebook needs that.
+    """
+    with open(os.devnull, "w") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                work()
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+    return [event.name for event in profiler.events()]
+
+
 # -- The opening picture: a queue that runs empty ----------------------------------------------------------------------
 
 
-def record_launches(num_layers: int = 8, size: int = 64, repeats: int = 20) -> dict[str, Launches]:
+def record_launches(num_layers: int = 8, size: int = 64) -> dict[str, Launches]:
     """The chapter's small network on the device of `nanovllm.lessons.device`: the fastest of some runs, each way."""
     generator = torch.Generator().manual_seed(0)
     device = Device()
@@ -147,21 +166,14 @@ def record_launches(num_layers: int = 8, size: int = 64, repeats: int = 20) -> d
     forward(lambda *call: calls.append(call))
     device.load(calls)
 
-    def fastest(work: Callable[[], None]) -> Launches:
-        runs = []
-        for _ in range(repeats):
-            device.put("x", x)
-            runs.append(device.watch(work))
-        return min(runs, key=lambda run: run.seconds)
-
     found = {}
     for num_rows in (1, 2048):
         x = torch.randn(num_rows, size, generator=generator) / 100
         device.put("x", x)
         forward(device.launch)  # the memory of these shapes is there from now on
         rows = f"{num_rows:,} row{'s' * (num_rows > 1)}"
-        found[f"{rows}, launch by launch"] = fastest(lambda: forward(device.launch))
-        found[f"{rows}, replayed"] = fastest(device.replay)
+        found[f"{rows}, launch by launch"] = device.fastest(lambda: forward(device.launch), x=x)
+        found[f"{rows}, replayed"] = device.fastest(device.replay, x=x)
     device.close()
     return found
 
@@ -279,9 +291,10 @@ def draw_padding(runs: dict[str, list[tuple[int, int | None]]]) -> Figure:
         handles = [
             Patch(facecolor=MUTED[0], label="tokens"),
             Patch(facecolor=MUTED[1], hatch=HATCHES[1], edgecolor="white", label="padding"),
-            Patch(facecolor="white", edgecolor=INK, label="eager"),
         ]
-        figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=9)
+        if any(bucket is None for steps in runs.values() for _, bucket in steps):
+            handles.append(Patch(facecolor="white", edgecolor=INK, label="eager"))
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=9)
     return figure
 
 
