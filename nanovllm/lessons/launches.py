@@ -97,7 +97,7 @@ def from_profiler(events: Iterable[Mapping[str, Any]]) -> Launches:
 
 def short(name: str) -> str:
     """A kernel's name without its C++ templates and arguments."""
-    return name.removeprefix("void ").split("<")[0].split("(")[0][:60]
+    return name.removeprefix("void ").split("<")[0].split("(")[0].strip()[:60]
 
 
 # -- As a picture ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,214 @@
+"""Launches and kernels: read from a profiler's trace, kept in a file, drawn; the device that is watched on a CPU."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanovllm.lessons import chapter_05, record
+from nanovllm.lessons.device import Device
+from nanovllm.lessons.launches import Event, Launches, draw_launches, from_profiler, short, told
+
+
+def event(cat: str, name: str, ts: float, dur: float) -> dict:
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": {}}
+
+
+# What torch.profiler exports, cut down: two launches, a graph's launch, a copy, and what they did; and other things.
+EXPORTED = [
+    {"ph": "M", "name": "process_name", "args": {"name": "python"}},
+    event("cpu_op", "aten::mm", 999.0, 30.0),
+    event("cuda_runtime", "cudaLaunchKernel", 1000.0, 6.0),
+    event("cuda_driver", "cuLaunchKernelEx", 1050.0, 5.0),
+    event("cuda_runtime", "cudaMemcpyAsync", 1080.0, 4.0),
+    event("cuda_runtime", "cudaGraphLaunch", 1100.0, 9.0),
+    event("cuda_runtime", "cudaStreamSynchronize", 1120.0, 500.0),
+    event("kernel", "void at::native::vectorized_elementwise_kernel<4, at::add>(int)", 1060.0, 2.5),
+    event("kernel", "rms_norm_kernel", 1010.0, 3.0),
+    event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 1090.0, 1.0),
+    event("kernel", "rms_norm_kernel", 1110.0, 3.0),
+    event("ac2g", "ac2g", 1000.0, 1.0),
+]
+
+
+def test_from_profiler():
+    run = from_profiler(EXPORTED)
+    assert [e.name for e in run.launches] == [
+        "cudaLaunchKernel",
+        "cuLaunchKernelEx",
+        "cudaMemcpyAsync",
+        "cudaGraphLaunch",
+    ]
+    assert [e.name for e in run.kernels] == [
+        "rms_norm_kernel",
+        "at::native::vectorized_elementwise_kernel",
+        "Memcpy HtoD",
+        "rms_norm_kernel",
+    ]
+    assert run.launches[0] == Event("cudaLaunchKernel", 0.0, pytest.approx(6e-6))
+    assert run.kernels[0].start == pytest.approx(10e-6)
+    assert run.seconds == pytest.approx(113e-6) and run.busy == pytest.approx(9.5 / 113)
+
+
+def test_nothing_that_happened():
+    run = from_profiler([])
+    assert run.seconds == 0 and run.busy == 0 and told(run) == "0 launches, 0 ms, busy 0%"
+
+
+def test_short_names():
+    assert short("void f<int, 3>(float*)") == "f" and short("g(int)") == "g" and len(short("x" * 99)) == 60
+
+
+def test_launches_survive_a_file():
+    run = from_profiler(EXPORTED)
+    again = Launches.from_dict(json.loads(json.dumps(run.to_dict())))
+    for before, after in zip((*run.launches, *run.kernels), (*again.launches, *again.kernels), strict=True):
+        assert before.name == after.name
+        assert (after.start, after.seconds) == pytest.approx((before.start, before.seconds), abs=1e-7)
+
+
+def test_a_box_is_drawn_for_each_event():
+    run = from_profiler(EXPORTED)
+    figure = draw_launches({"eager": run, "graph": Launches(run.launches[:1], run.kernels)})
+    for ax, num_launches in zip(figure.axes, (4, 1)):
+        boxes = [len(collection.get_paths()) for collection in ax.collections]  # narrow and wide, of each lane
+        assert boxes[0] + boxes[1] == num_launches and boxes[2] + boxes[3] == 4
+    assert figure.axes[0].get_title(loc="left").startswith("eager: 4 launches, 0.113 ms, busy 8%")
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
+
+
+def test_a_box_is_to_scale():
+    run = Launches([Event("a", 0.0, 0.25)], [Event("b", 0.5, 0.5)])
+    ax = draw_launches({"run": run}).axes[0]
+    wide = [box.get_extents() for collection in ax.collections for box in collection.get_paths()]
+    assert [(box.x0, box.x1) for box in wide] == [(0, 250), (500, 1000)]  # milliseconds
+
+
+# -- Recordings --------------------------------------------------------------------------------------------------------
+
+
+def made_up() -> dict:
+    """Of this test alone: no notebook shows it."""
+    run = from_profiler(EXPORTED).to_dict()
+    return {
+        "about": record.about("05"),
+        "timelines": {f"{name}, batch {n}": run for n in (1, 256) for name in ("eager", "graph")},
+        "seconds": {"eager": {"1": 0.03, "256": 0.04, "prefill": 0.03}, "graph": {"1": 0.002, "256": 0.015}},
+        "graphs": {"count": 102, "bytes": 671_000_000, "seconds": 10.0},
+    }
+
+
+def test_about():
+    about = record.about("05")
+    assert about["command"] == "python -m nanovllm.lessons record 05"
+    assert {"gpu", "driver", "cuda", "torch", "python", "commit", "date", "model"} <= about.keys()
+    assert about["torch"] == torch.__version__ and all(isinstance(value, str) for value in about.values())
+
+
+def test_a_recording_is_written_and_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RECORDINGS", tmp_path / "recordings")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert record.recording("05_decode_step") is None
+    path = record.write("05_decode_step", made_up())
+    assert (
+        record.recording("05_decode_step")
+        == json.loads(path.read_text())
+        == made_up() | {"about": json.loads(path.read_text())["about"]}
+    )
+    with pytest.raises(ValueError, match="200,000 are allowed"):
+        record.write("05_decode_step", {"x": "x" * 200_001})
+
+
+def test_a_gpu_records_afresh(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(record.MADE_BY, "05_decode_step", lambda: {"fresh": True})
+    assert record.recording("05_decode_step") == {"fresh": True}
+
+
+def test_a_recording_is_shown(capsys):
+    chapter_05.show_recording(made_up())
+    said = capsys.readouterr().out
+    assert "batch 256: eager  40.00 ms, graph  15.00 ms, 2.7 times" in said
+    assert "102 graphs: 671 MB, captured in 10.0 s" in said and "prefill, eager: 30.0 ms" in said
+    assert "commit" in said and "Look for" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would record")
+@pytest.mark.parametrize(("chapter", "words"), [("05", "torch finds none here"), ("03", "there are 05_decode_step")])
+def test_the_command_without_a_gpu(chapter, words):
+    command = [sys.executable, "-m", "nanovllm.lessons", "record", chapter]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and words in run.stderr and "Traceback" not in run.stderr
+
+
+def test_what_is_stored_is_a_recording():
+    for path in record.RECORDINGS.glob("*.json"):
+        assert path.stem in record.MADE_BY and path.stat().st_size <= record.MAX_BYTES
+        about = json.loads(path.read_text())["about"]
+        assert about["gpu"] != "none" and not about["commit"].endswith("-dirty")
+
+
+# -- The device of chapter 05 ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def device():
+    device = Device()
+    yield device
+    device.close()
+
+
+def test_the_device_computes_what_it_is_told(device):
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    device.put("a", a)
+    device.put("b", b)
+    device.launch("mm", "c", "a", "b")
+    device.launch("sigmoid", "c", "c")
+    torch.testing.assert_close(device.get("c"), (a @ b).sigmoid())
+    assert device.get("nothing") is None
+
+
+def test_a_replay_reads_what_is_there_now(device):
+    device.put("x", torch.tensor([1.0, 2.0]))
+    device.launch("add", "y", "x", "x")
+    device.load([("add", "y", "x", "x"), ("mul", "y", "y", "x")])
+    device.put("x", torch.tensor([3.0, 5.0]))
+    run = device.watch(device.replay)
+    assert device.get("y").tolist() == [18.0, 50.0]
+    assert [e.name for e in run.launches] == ["replay"] and [e.name for e in run.kernels] == ["add", "mul"]
+
+
+def test_another_shape_gets_other_memory(device):
+    for n in (2, 3):
+        device.put("x", torch.ones(n))
+        device.launch("add", "y", "x", "x")
+        assert device.get("y").tolist() == [2.0] * n
+
+
+def test_a_wrong_shape_is_refused_before_it_is_sent(device):
+    device.put("a", torch.ones(2, 3))
+    with pytest.raises(RuntimeError):
+        device.launch("mm", "c", "a", "a")
+    device.launch("add", "c", "a", "a")
+    assert device.get("c").shape == (2, 3)
+
+
+def test_launches_come_before_what_they_launch(device):
+    device.put("x", torch.ones(100))
+    for _ in range(2):
+        run = device.watch(lambda: [device.launch("add", "x", "x", "x") for _ in range(10)])
+        assert len(run.launches) == len(run.kernels) == 10 and run.launches[0].start == 0
+        assert all(kernel.start > launch.start for launch, kernel in zip(run.launches, run.kernels))
+        assert all(a.end <= b.start for a, b in zip(run.kernels, run.kernels[1:]))
+        assert 0 < run.busy <= 1
+    fastest = device.fastest(lambda: device.launch("add", "x", "x", "x"), repeats=3, x=torch.ones(100))
+    assert device.get("x").tolist() == [2.0] * 100 and len(fastest.kernels) == 1
+
+
+def test_the_device_ends():
+    device = Device()
+    device.close()
+    device.close()
+    assert device.process.returncode == 0
