@@ -235,6 +235,13 @@ DERIVED = {
     "10": "CUDA's version",
     "5000": "any large number",
     "50": "minutes to read",
+    "22": "26 - 4 operators",
+    "450": "280 + 170 launches",
+    "576": "the default model's width, chapter 01",
+    "129": "any number above 128",
+    "49152": "the default model's vocabulary, chapter 00",
+    "14": "2 · 7 rows",
+    "13": "1 · 12 + 1 rows; any number of tokens",
 }
 
 
