@@ -39,12 +39,11 @@ from nanovllm.viz.theme import EMPTY, HATCHES, INK, MUTED, QUIET, new_figure, st
 # -- A step's operators ------------------------------------------------------------------------------------------------
 
 KINDS: dict[type[nn.Module], str] = {  # the module that is running -> what its operators do
-    RMSNorm: "norm",
+    RMSNorm: "sum and norm",
     Linear: "product",
     LlamaAttention: "rotation",
     Attention: "attention",
     LlamaMLP: "activation",
-    LlamaDecoderLayer: "sum",
 }
 
 
