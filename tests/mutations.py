@@ -167,6 +167,35 @@ FAULTS = [
         "first = np.where(inputs.num_new > 1, context_lens - inputs.num_new, 0)[inputs.owner]\n"
         "        return self.to_device(inputs.input_ids), self.to_device(positions - first), context",
     ),
+    # -- CUDA graphs ---------------------------------------------------------------------------------------------------
+    Fault(
+        "bucket-one-too-large",
+        "a step that fits a bucket exactly takes the next one",
+        "engine/buckets.py",
+        "BUCKETS[bisect_left(BUCKETS, num_tokens)] if num_tokens <= BUCKETS[-1] else None",
+        "BUCKETS[min(bisect_left(BUCKETS, num_tokens + 1), len(BUCKETS) - 1)] if num_tokens <= BUCKETS[-1] else None",
+    ),
+    Fault(
+        "padding-in-the-first-row",
+        "a graph's padding has the block table of the first row, and overwrites its first token",
+        "engine/cuda_graphs.py",
+        "padding=[0, 0, self.padding_row]",
+        "padding=[0, 0, 0]",
+    ),
+    Fault(
+        "graph-one-token-short",
+        "in a graph, no token sees itself",
+        "engine/cuda_graphs.py",
+        "context_lens=(positions + 1).int()",
+        "context_lens=positions.clamp(min=1).int()",
+    ),
+    Fault(
+        "padding-not-told",
+        "a trace tells the bucket of a step where it should tell the padding",
+        "engine/model_runner.py",
+        '"padding": bucket - num_tokens',
+        '"padding": bucket',
+    ),
     # -- Counting, text and record -------------------------------------------------------------------------------------
     Fault(
         "values-not-counted",

@@ -46,8 +46,8 @@ def llm():
 
 def test_every_layer_calls_the_same_operators(llm):
     operators = operators_of_step(llm)
-    names = [[o.name for o in operators if o.layer == layer and o.kind != "attention"] for layer in (0, 1)]
-    assert names[0] == names[1]
+    first, second = ([o.name for o in operators if o.layer == layer and o.kind != "attention"] for layer in (0, 1))
+    assert second == ["aten::add_", *first]  # before the first layer there is nothing to add
     assert {o.kind for o in operators if o.layer == 1} == {*chapter_05.KINDS.values()}
     assert [o.kind for o in operators if o.layer == 1].count("product") == 4
     assert not llm.engine.model_runner.model._forward_hooks  # nothing is left behind
