@@ -169,11 +169,11 @@ FAULTS = [
     ),
     # -- CUDA graphs ---------------------------------------------------------------------------------------------------
     Fault(
-        "bucket-one-too-large",
-        "a step that fits a bucket exactly takes the next one",
+        "no-bucket-for-two",
+        "there is no graph for two tokens: they take the one for four",
         "engine/buckets.py",
-        "BUCKETS[bisect_left(BUCKETS, num_tokens)] if num_tokens <= BUCKETS[-1] else None",
-        "BUCKETS[min(bisect_left(BUCKETS, num_tokens + 1), len(BUCKETS) - 1)] if num_tokens <= BUCKETS[-1] else None",
+        "[1, 2, 4, *range(8, 513, 8)]",
+        "[1, 4, *range(8, 513, 8)]",
     ),
     Fault(
         "padding-in-the-first-row",
