@@ -29,13 +29,13 @@ def test_the_explorer_chooses_buckets(page):
     explorer = page.locator(".nanovllm")
     explorer.scroll_into_view_if_needed()
     sentence = explorer.locator(".nanovllm-sentence")
-    sync_api.expect(sentence).to_contain_text("67 graphs. 1,023 of 1,032 steps replay; padding: 2.3% of their rows.")
+    sync_api.expect(sentence).to_contain_text("Graphs: 67. Replayed: 1,023 of 1,032 steps. Padding: 2.3% of the rows.")
     explorer.locator("select").nth(1).select_option("powers of two")
-    sync_api.expect(sentence).to_contain_text("10 graphs. 1,023 of 1,032 steps replay; padding: 22.5%")
+    sync_api.expect(sentence).to_contain_text("Graphs: 10. Replayed: 1,023 of 1,032 steps. Padding: 22.5%")
     explorer.locator("input[type=range]").focus()
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
-    sync_api.expect(sentence).to_contain_text("8 graphs. 531 of 1,032 steps replay")
+    sync_api.expect(sentence).to_contain_text("Graphs: 8. Replayed: 531 of 1,032 steps.")
 
 
 def test_keys_stay_in_the_explorer(page):
