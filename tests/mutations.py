@@ -149,8 +149,8 @@ FAULTS = [
         "slot-before-boundary",
         "the first token of a block is stored in the block before it",
         "engine/model_runner.py",
-        "block_tables[tokens.owner, positions // self.block_size]",
-        "block_tables[tokens.owner, np.maximum(positions - 1, 0) // self.block_size]",
+        "block_tables[inputs.owner, positions // self.block_size]",
+        "block_tables[inputs.owner, np.maximum(positions - 1, 0) // self.block_size]",
     ),
     Fault(
         "mask-one-ahead",
@@ -163,9 +163,9 @@ FAULTS = [
         "chunk-positions-from-zero",
         "a chunk's tokens are rotated as if nothing came before them",
         "engine/model_runner.py",
-        "return self.to_device(tokens.input_ids), self.to_device(positions), context",
-        "first = np.where(tokens.num_new > 1, context_lens - tokens.num_new, 0)[tokens.owner]\n"
-        "        return self.to_device(tokens.input_ids), self.to_device(positions - first), context",
+        "return self.to_device(inputs.input_ids), self.to_device(positions), context",
+        "first = np.where(inputs.num_new > 1, context_lens - inputs.num_new, 0)[inputs.owner]\n"
+        "        return self.to_device(inputs.input_ids), self.to_device(positions - first), context",
     ),
     # -- Counting, text and record -------------------------------------------------------------------------------------
     Fault(

@@ -11,8 +11,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import Linear, MergedLinear, linear_in_float32, pack
+from nanovllm.layers.linear import ColumnParallelLinear, Linear, linear_in_float32, pack
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_inverse_frequencies, rope_settings, rotate
+from nanovllm.utils.ranks import Ranks
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 # How far a result may be from the exact one, relative to its size: a few roundings.
@@ -166,7 +167,7 @@ def test_product_in_float32_slice_by_slice(monkeypatch):
 
 
 def test_merged_linear_is_its_parts_side_by_side():
-    merged = MergedLinear(8, {"q_proj": 6, "k_proj": 2}, bias=True).requires_grad_(False)
+    merged = ColumnParallelLinear(8, {"q_proj": 3, "k_proj": 1}, 2, Ranks(), bias=True).requires_grad_(False)
     merged.weight.normal_()
     merged.bias.normal_()
     x = torch.randn(3, 8)
@@ -178,7 +179,7 @@ def test_merged_linear_is_its_parts_side_by_side():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tied", [False, True])
 def test_embedding_and_head(dtype, tied):
-    embedding = Embedding(100, 16).requires_grad_(False).to(dtype)
+    embedding = Embedding(100, 16, Ranks()).requires_grad_(False).to(dtype)
     embedding.weight.normal_()
     head = LMHead(embedding, tied).requires_grad_(False).to(dtype)
     if not tied:

@@ -205,13 +205,21 @@ def test_guard_accepts_a_good_notebook(tmp_path):
     assert faulty(tmp_path, lambda notebook: None) == []
 
 
-def test_cells_that_go_deeper_count_for_themselves(tmp_path):
+def test_cells_that_go_deeper_are_not_counted(tmp_path):
     def go_deeper(notebook):
         deeper = [new_markdown_cell("text", id=f"deeper-text-{i}") for i in range(20)]
-        notebook.cells += [*deeper, new_code_cell("1\n" * 30, execution_count=20, id="deeper-long")]
-        notebook.cells[2].update(source="1\n" * 30)
+        notebook.cells += [*deeper, new_code_cell("1\n" * 40, execution_count=20, id="deeper-long")]
 
     assert faulty(tmp_path, go_deeper) == []
+
+
+def test_one_long_cell_a_chapter_however_deep(tmp_path):
+    def lengthen(notebook):
+        notebook.cells += [new_code_cell("1\n" * 30, execution_count=20, id="deeper-long")]
+        notebook.cells[2].update(source="1\n" * 30)
+
+    words = "cells ['code-1', 'deeper-long'] are longer than 20 lines; one a chapter may have 40"
+    assert faulty(tmp_path, lengthen) == [words]
 
 
 def set_output(**fields):

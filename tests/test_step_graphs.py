@@ -82,7 +82,7 @@ def test_a_table_is_changed_where_it_has_changed(replaying):
         llm.step()
         for seq in llm.engine.scheduler.running:
             table = graphs.block_tables[seq.row, : len(seq.block_table)].tolist()
-            known = runner.num_copied_blocks[seq.row]
+            known = runner.collector.num_told_blocks[seq.row]
             assert table[:known] == seq.block_table[:known]
     assert (graphs.block_tables[-1] == 60).all()  # the row for padding leads to the dummy block
 

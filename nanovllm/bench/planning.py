@@ -25,7 +25,8 @@ def measure_planning(report: Report, size: "Size") -> None:
     engine = llm.engine
     parts = [
         ("schedule", engine.scheduler, "schedule"),
-        ("prepare", engine.model_runner, "collect"),
+        ("prepare", engine.model_runner.collector, "collect"),
+        ("prepare", engine.model_runner, "update_tables"),
         ("prepare", engine.model_runner, "prepare"),
         ("update", engine.scheduler, "update"),
     ]

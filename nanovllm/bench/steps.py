@@ -144,7 +144,8 @@ def parts_of(llm: LLM) -> list[tuple[str, Any, str]]:
     return layers + [
         ("sampling", engine.model_runner, "sample"),
         ("planning", engine.scheduler, "schedule"),
-        ("planning", engine.model_runner, "collect"),
+        ("planning", engine.model_runner.collector, "collect"),
+        ("planning", engine.model_runner, "update_tables"),
         ("planning", engine.model_runner, "prepare"),
         ("planning", engine.scheduler, "update"),
     ]

@@ -219,7 +219,7 @@ class LLMEngine:
     def _show(self, batch: Batch, logprobs: dict[int, dict[int, float]]) -> list[Request]:
         """Turn a step's tokens into text, find stop strings, and take finished requests off the list."""
         finished = []
-        for seq in (scheduled.seq for scheduled in batch.scheduled if scheduled.samples):
+        for i, seq in enumerate(scheduled.seq for scheduled in batch.scheduled if scheduled.samples):
             request = self.requests.get(seq.id)
             if request is None:
                 continue  # finished or aborted while this step was in flight
@@ -227,7 +227,7 @@ class LLMEngine:
                 logger.error("request %d is aborted: the model's logits for it are NaN or infinite", seq.id)
             else:
                 if request.logprobs is not None:
-                    request.logprobs.append(logprobs[seq.id])
+                    request.logprobs.append(logprobs[i])
                 self._detokenize(request)
             if seq.is_finished:
                 finished.append(self.requests.pop(seq.id))

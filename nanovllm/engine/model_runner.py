@@ -1,10 +1,10 @@
 """The model runner: a scheduled batch becomes tensors, the tensors become logits, the logits become tokens."""
 
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,18 +13,19 @@ from transformers import PretrainedConfig
 from nanovllm.config import Config
 from nanovllm.engine.kv_cache import MemoryUse, block_bytes, size_kv_cache
 from nanovllm.engine.scheduler import Batch
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_inputs import InputCollector, StepInputs
 from nanovllm.kernels.check import choose_backend
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import SamplingBatch, random_bits, sample, top_logprobs, uniform_numbers
 from nanovllm.utils.context import Context, use_context
-from nanovllm.utils.loader import build_model
+from nanovllm.utils.loader import build_model, pieces_of
+from nanovllm.utils.ranks import Ranks
 
 if TYPE_CHECKING:  # it needs Triton, so only a GPU's engine imports it
     from nanovllm.engine.cuda_graphs import StepGraphs
 
 
-IN_FLIGHT = -1  # in the place of a token id
+NO_LOGPROBS = -1  # in the place of how many a request wants
 
 
 class LaunchedStep:
@@ -32,7 +33,7 @@ class LaunchedStep:
 
     def __init__(self, token_ids: torch.Tensor, logprobs: dict[int, dict[int, float]]) -> None:
         self._token_ids = token_ids  # [num_sampled]
-        self.logprobs = logprobs  # sequence id -> token id -> log-probability, where a request asked for it
+        self.logprobs = logprobs  # place among them -> token id -> log-probability, where a request asked for it
         self.times: dict[str, float] = {}  # seconds for "prepare", "forward" and "sample"
         self._arrived: torch.cuda.Event | None = None
         if token_ids.is_cuda:  # a copy of its own, which does not wait for what is launched after it
@@ -48,31 +49,20 @@ class LaunchedStep:
         return self._token_ids.tolist()
 
 
-@dataclass(slots=True)
-class StepTokens:
-    """The tokens of a step on the host, sequence after sequence."""
-
-    rows: np.ndarray  # [num_seqs]: where each sequence's block table and settings stand
-    num_new: np.ndarray  # [num_seqs]: tokens of each
-    ends: np.ndarray  # [num_seqs]: where each one's tokens end in the batch
-    context_lens: np.ndarray  # [num_seqs]: tokens each can look back on, the new ones included
-    owner: np.ndarray  # [num_tokens]: whose each token is
-    positions: np.ndarray  # [num_tokens]: where in its sequence it stands
-    input_ids: np.ndarray  # [num_tokens]; `IN_FLIGHT` for one that a step in flight samples
-
-
 class ModelRunner:
-    """Owns the model and its KV cache, and runs batches on them.
+    """Owns the model and its KV cache, or one rank's part of them, and runs batches on them.
 
     Sequences that run have a row each in tables of what changes rarely: their block tables and sampling settings. So a
     step copies only what is new, and gathers the rest by row, for all sequences at once.
     """
 
-    def __init__(self, config: Config, hf_config: PretrainedConfig, path: Path) -> None:
+    def __init__(self, config: Config, hf_config: PretrainedConfig, path: Path, ranks: Ranks | None = None) -> None:
+        self.hf_config, self.ranks = hf_config, ranks or Ranks()
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, hf_config, self.device)
         self.block_size = config.block_size
-        self.model = build_model(hf_config, path, self.dtype, self.device, config.load_format)
+        self.model = build_model(hf_config, path, self.dtype, self.device, config.load_format, self.ranks)
+        self.collector = InputCollector(config.max_num_seqs)
 
         # A row for each sequence that runs.
         num_rows = config.max_num_seqs
@@ -82,6 +72,7 @@ class ModelRunner:
         self.min_p = np.zeros(num_rows, np.float32)
         self.seed = np.zeros(num_rows, np.int64)
         self.truncates = np.zeros(num_rows, bool)  # draws at random, from fewer tokens than all
+        self.num_logprobs = np.full(num_rows, NO_LOGPROBS)
 
         attention = [module for module in self.model.modules() if isinstance(module, Attention)]
         heads = (attention[0].num_heads, attention[0].num_kv_heads, attention[0].head_dim)
@@ -101,7 +92,8 @@ class ModelRunner:
 
                 self.memory.graphs = memory_of_graphs(config.max_num_batched_tokens, config.max_num_seqs)
         reserved = self.memory.step + self.memory.graphs
-        self.num_blocks = size_kv_cache(config, self.bytes_per_block, self.device, reserved)
+        num_blocks = size_kv_cache(config, self.bytes_per_block, self.device, reserved)
+        self.num_blocks = self.ranks.smallest(num_blocks, self.device)  # one table of blocks for all of them
         self.kv_cache = backend.allocate(len(attention), self.num_blocks, *shape, self.dtype, self.device)
         self.memory.kv_cache = self.kv_cache.nbytes
         self.bind(attention, backend, self.kv_cache)
@@ -110,7 +102,6 @@ class ModelRunner:
         longest = config.max_model_len or hf_config.max_position_embeddings
         max_num_blocks = min(self.num_blocks, -(-longest // config.block_size))
         self.block_tables = np.zeros((num_rows, max_num_blocks), np.int32)
-        self.num_copied_blocks = [0] * num_rows
         self.graphs = self.capture_graphs(config, hf_config) if has_graphs else None
         if self.device.type == "cuda":
             self.memory.log()
@@ -161,121 +152,95 @@ class ModelRunner:
         self.memory.graphs = graphs.memory
         return graphs
 
-    @torch.inference_mode()
     def launch(self, batch: Batch) -> LaunchedStep:
-        """Start a step: compute all its tokens, and sample for each sequence whose last token is among them.
-
-        Attention wants sequences with a single new token first, so the batch is put in that order.
-        """
+        """Start a step: compute all its tokens, and sample for each sequence whose last token is among them."""
         start = perf_counter()
-        batch.scheduled.sort(key=lambda s: s.num_new_tokens > 1)
-        tokens = self.collect(batch)
-        if self.graphs is not None and len(tokens.input_ids) <= self.graphs.buckets[-1]:
+        inputs = self.collector.collect(batch)
+        collected = perf_counter()
+        launched = self.run(inputs)
+        launched.times["prepare"] += collected - start
+        return launched
+
+    @torch.inference_mode()
+    def run(self, inputs: StepInputs) -> LaunchedStep:
+        """`launch`, once the batch has become numbers. Every rank makes the same call."""
+        start = perf_counter()
+        self.update_tables(inputs)
+        if self.graphs is not None and len(inputs.input_ids) <= self.graphs.buckets[-1]:
             prepared = perf_counter()
-            rows = tokens.rows[tokens.owner]
-            hidden_states = self.graphs.replay(tokens.input_ids, tokens.positions, rows)  # [num_tokens, hidden_size]
+            rows = inputs.rows[inputs.owner]
+            hidden_states = self.graphs.replay(inputs.input_ids, inputs.positions, rows)  # [num_tokens, hidden_size]
         else:
-            input_ids, positions, context = self.prepare(tokens)
+            input_ids, positions, context = self.prepare(inputs)
             if self.graphs is not None:
-                input_ids = self.graphs.known(input_ids, self.to_device(tokens.rows[tokens.owner]))
+                input_ids = self.graphs.known(input_ids, self.to_device(inputs.rows[inputs.owner]))
             prepared = perf_counter()
             with use_context(context):
                 hidden_states = self.model(input_ids, positions)  # [num_tokens, hidden_size]
         computed = perf_counter()
-        launched = self.sample(batch, tokens.ends - 1, hidden_states)
+        launched = self.sample(inputs, hidden_states)
         sampled = perf_counter()
         launched.times = {"prepare": prepared - start, "forward": computed - prepared, "sample": sampled - computed}
         return launched
 
-    def collect(self, batch: Batch) -> StepTokens:
-        """The tokens of a step; block tables that have grown are brought up to date."""
-        scheduled = batch.scheduled
-        for seq in batch.admitted:
-            self.fill_row(seq)
-        if batch.admitted and self.graphs is not None:
-            rows = np.array([seq.row for seq in batch.admitted])
-            self.graphs.write(self.graphs.temperature, rows, self.temperature[rows])
-        grown: list[tuple[int, int]] = []  # (row, entry) of new blocks
-        for s in scheduled:
-            row, block_table = s.seq.row, s.seq.block_table
-            copied = self.num_copied_blocks[row]
-            if copied < len(block_table):
-                self.block_tables[row, copied : len(block_table)] = block_table[copied:]
-                self.num_copied_blocks[row] = len(block_table)
-                grown += [(row, i) for i in range(copied, len(block_table))]
-        if grown and self.graphs is not None:
-            rows, entries = np.array(grown).T
-            places = rows * self.block_tables.shape[1] + entries
-            self.graphs.write(self.graphs.block_tables.view(-1), places, self.block_tables[rows, entries])
+    def update_tables(self, inputs: StepInputs) -> None:
+        """Write down the sampling settings of those admitted, and the blocks that block tables have grown by."""
+        for row, params in inputs.admitted:
+            assert params.seed is not None  # the engine has drawn one for a request that gave none
+            self.temperature[row], self.top_k[row] = params.temperature, params.top_k
+            self.top_p[row], self.min_p[row], self.seed[row] = params.top_p, params.min_p, params.seed
+            self.truncates[row] = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+            self.num_logprobs[row] = NO_LOGPROBS if params.logprobs is None else params.logprobs
+        rows, places, blocks = inputs.new_blocks.T
+        self.block_tables[rows, places] = blocks
+        if self.graphs is None:
+            return
+        if inputs.admitted:
+            admitted = np.array([row for row, _ in inputs.admitted])
+            self.graphs.write(self.graphs.temperature, admitted, self.temperature[admitted])
+        if len(blocks):
+            at = rows * self.block_tables.shape[1] + places
+            self.graphs.write(self.graphs.block_tables.view(-1), at, self.block_tables[rows, places])
 
-        starts = np.array([s.num_computed_tokens for s in scheduled])
-        num_new = np.array([s.num_new_tokens for s in scheduled])
-        # From here on one entry a token.
-        owner = np.repeat(np.arange(len(scheduled)), num_new)
-        ends = np.cumsum(num_new)
-        token_ids = []
-        for s in scheduled:
-            token_ids += s.seq.token_ids[s.num_computed_tokens : s.num_computed_tokens + s.num_new_tokens]
-            if s.num_computed_tokens + s.num_new_tokens > len(s.seq.token_ids):
-                token_ids.append(IN_FLIGHT)
-        return StepTokens(
-            rows=np.array([s.seq.row for s in scheduled]),
-            num_new=num_new,
-            ends=ends,
-            context_lens=starts + num_new,
-            owner=owner,
-            positions=np.arange(len(owner)) - (ends - num_new)[owner] + starts[owner],
-            input_ids=np.array(token_ids, np.int64),
-        )
-
-    def prepare(self, tokens: StepTokens) -> tuple[torch.Tensor, torch.Tensor, Context]:
+    def prepare(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor, Context]:
         """The tensors of a step: token ids and positions, `[num_tokens]` each, and what attention must know."""
-        positions, context_lens = tokens.positions, tokens.context_lens
-        block_tables = self.block_tables[tokens.rows, : -(-context_lens.max() // self.block_size)]
-        blocks = block_tables[tokens.owner, positions // self.block_size].astype(np.int64)  # [num_tokens]
+        positions, context_lens = inputs.positions, inputs.context_lens
+        block_tables = self.block_tables[inputs.rows, : -(-context_lens.max() // self.block_size)]
+        blocks = block_tables[inputs.owner, positions // self.block_size].astype(np.int64)  # [num_tokens]
         slots = blocks * self.block_size + positions % self.block_size  # [num_tokens]: where each one's K/V will lie
         context = Context(
             block_size=self.block_size,
-            num_decodes=int((tokens.num_new == 1).sum()),
-            query_start=self.to_device(np.concatenate([[0], tokens.ends]).astype(np.int32)),
+            num_decodes=int((inputs.num_new == 1).sum()),
+            query_start=self.to_device(np.concatenate([[0], inputs.ends]).astype(np.int32)),
             context_lens=self.to_device(context_lens.astype(np.int32)),
             block_tables=self.to_device(block_tables),  # [num_seqs, max_blocks]
             slot_mapping=self.to_device(slots),
         )
-        return self.to_device(tokens.input_ids), self.to_device(positions), context
+        return self.to_device(inputs.input_ids), self.to_device(positions), context
 
-    def fill_row(self, seq: Sequence) -> None:
-        """A sequence was admitted: write its sampling settings, and forget the block table of who had the row before."""
-        row, params = seq.row, seq.params
-        assert params.seed is not None  # the engine has drawn one for a request that gave none
-        self.num_copied_blocks[row] = 0
-        self.temperature[row], self.top_k[row] = params.temperature, params.top_k
-        self.top_p[row], self.min_p[row], self.seed[row] = params.top_p, params.min_p, params.seed
-        self.truncates[row] = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-
-    def sample(self, batch: Batch, last: np.ndarray, hidden_states: torch.Tensor) -> LaunchedStep:
-        """Choose the next token of each sequence that samples. `last` says where each one's last token stands."""
-        seqs = [s.seq for s in batch.scheduled if s.samples]
-        if not seqs:  # all are in the middle of a long prompt
+    def sample(self, inputs: StepInputs, hidden_states: torch.Tensor) -> LaunchedStep:
+        """Choose the next token of each sequence that samples."""
+        rows = inputs.rows[inputs.samples]  # [num_sampled]
+        if not len(rows):  # all are in the middle of a long prompt
             return LaunchedStep(torch.empty(0, dtype=torch.int64), {})
-        at = last[[s.samples for s in batch.scheduled]]  # [num_sampled]
-        rows = np.array([seq.row for seq in seqs])
-        positions = np.array([seq.num_tokens - 1 for seq in seqs])  # where the new token will stand
-        is_simple = not self.truncates[rows].any() and all(seq.params.logprobs is None for seq in seqs)
-        if is_simple and self.graphs is not None and self.graphs.samples_at_once(len(at)):
+        last = inputs.ends[inputs.samples] - 1  # [num_sampled]: where each one's last token stands in the batch
+        positions = inputs.context_lens[inputs.samples]  # where the new token will stand in its sequence
+        (want_logprobs,) = (self.num_logprobs[rows] != NO_LOGPROBS).nonzero()
+        is_simple = not self.truncates[rows].any() and not len(want_logprobs)
+        if is_simple and self.graphs is not None and self.graphs.samples_at_once(len(rows)):
             keys = random_bits(self.seed[rows], positions).view(np.int64)
-            return LaunchedStep(self.graphs.sample(hidden_states, at, rows, keys), {})
+            return LaunchedStep(self.graphs.sample(hidden_states, last, rows, keys), {})
 
-        logits = self.model.compute_logits(hidden_states[self.to_device(at)])  # type: ignore[operator]  # [num_sampled, vocab_size]
+        logits = self.model.compute_logits(hidden_states[self.to_device(last)])  # type: ignore[operator]  # [num_sampled, vocab_size]
         token_ids = self.choose(logits, rows, positions)
         if self.graphs is not None:
             self.graphs.remember(self.to_device(rows), token_ids)
         logprobs = {}
-        for i, seq in enumerate(seqs):
-            if seq.params.logprobs is not None:
-                chosen, best_ids, best = top_logprobs(logits[i : i + 1], token_ids[i : i + 1], seq.params.logprobs)
-                logprobs[seq.id] = dict(zip(best_ids[0].tolist(), best[0].tolist()))
-                logprobs[seq.id].setdefault(int(token_ids[i]), chosen.item())
+        for i in want_logprobs.tolist():
+            n_best = int(self.num_logprobs[rows[i]])
+            chosen, best_ids, best = top_logprobs(logits[i : i + 1], token_ids[i : i + 1], n_best)
+            logprobs[i] = dict(zip(best_ids[0].tolist(), best[0].tolist()))
+            logprobs[i].setdefault(int(token_ids[i]), chosen.item())
         return LaunchedStep(token_ids, logprobs)
 
     def choose(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
@@ -304,6 +269,27 @@ class ModelRunner:
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
+
+    # -- What it holds -------------------------------------------------------------------------------------------------
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What each rank holds and has exchanged so far; here there is one. `docs/distributed.md` has the keys."""
+        tensors = [
+            {"name": piece.name, "shape": piece.shape, "part": [[part.start, part.stop] for part in piece.part]}
+            for piece in pieces_of(self.hf_config, self.ranks)
+        ]
+        return [
+            {
+                "rank": self.ranks.rank,
+                "device": str(self.device),
+                "tensors": tensors,
+                "kv_cache": list(self.kv_cache.shape),
+                "traffic": {name: asdict(traffic) for name, traffic in self.ranks.traffic.items()},
+            }
+        ]
+
+    def close(self) -> None:
+        """There is nothing to end: the memory goes with the last reference."""
 
 
 def resolve_device(name: str) -> torch.device:

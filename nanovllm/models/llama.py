@@ -8,21 +8,24 @@ from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import Linear, MergedLinear
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rotate
+from nanovllm.utils.ranks import Ranks
 
 
 class LlamaAttention(nn.Module):
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, ranks: Ranks) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.qkv_proj = MergedLinear(
-            config.hidden_size, {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, bias=config.attention_bias
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_heads, self.num_kv_heads = len(ranks.share(num_heads)), len(ranks.share(num_kv_heads))  # of this rank
+        parts = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
+        self.qkv_proj = ColumnParallelLinear(
+            config.hidden_size, parts, self.head_dim, ranks, bias=config.attention_bias
         )
-        self.o_proj = Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = RowParallelLinear(
+            num_heads * self.head_dim, config.hidden_size, ranks, bias=config.attention_bias
+        )
         self.attn = Attention(self.num_heads, self.head_dim, self.head_dim**-0.5, self.num_kv_heads)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -33,23 +36,24 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, ranks: Ranks) -> None:
         super().__init__()
         size = config.intermediate_size
-        self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": size, "up_proj": size}, bias=config.mlp_bias)
-        self.down_proj = Linear(size, config.hidden_size, bias=config.mlp_bias)
+        parts = {"gate_proj": size, "up_proj": size}
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, 1, ranks, bias=config.mlp_bias)
+        self.down_proj = RowParallelLinear(size, config.hidden_size, ranks, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
 
 
 class LlamaDecoderLayer(nn.Module):
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, ranks: Ranks) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = LlamaAttention(config)
+        self.self_attn = LlamaAttention(config, ranks)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
+        self.mlp = LlamaMLP(config, ranks)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Adds to `x`, `[num_tokens, hidden_size]`, in place: what attention says, then the feed-forward network."""
@@ -58,10 +62,10 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, ranks: Ranks) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, ranks)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, ranks) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
@@ -76,9 +80,9 @@ class LlamaModel(nn.Module):
 class LlamaForCausalLM(nn.Module):
     """Tokens to hidden states, and hidden states to logits: not every token's are wanted, and the head is large."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, ranks: Ranks) -> None:
         super().__init__()
-        self.model = LlamaModel(config)
+        self.model = LlamaModel(config, ranks)
         self.lm_head = LMHead(self.model.embed_tokens, tied=config.tie_word_embeddings)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
