@@ -21,7 +21,7 @@ class Config:
         dtype: "auto" is float32 on a CPU; on a GPU the checkpoint's, float16 below compute capability 8.0.
         device: "auto" is "cuda" if there is a GPU, else "cpu".
         attention_backend: "torch", "triton" (GPUs), or "auto", which is triton on a GPU where it works, else torch.
-        tensor_parallel_size: how many devices share the model. Only 1 so far.
+        tensor_parallel_size: how many ranks share the model, each a process with a GPU, or on a CPU some of its cores.
         enforce_eager: no CUDA graphs and no compilation, for stepping through. There are none on a CPU anyway.
 
     How much at once:
@@ -65,10 +65,8 @@ class Config:
         check_choice("attention_backend", self.attention_backend, ["auto", "torch", "triton"])
         if not isinstance(self.device, str):
             raise TypeError(f"device must be a string such as 'auto', 'cpu' or 'cuda', not {self.device!r}")
-        if check_int("tensor_parallel_size", self.tensor_parallel_size, at_least=1) > 1:
-            raise ValueError("tensor_parallel_size must be 1: tensor parallelism is not built yet")
         check_bool("enforce_eager", self.enforce_eager)
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "block_size"):
             setattr(self, name, check_int(name, getattr(self, name), at_least=1))
         for name, least in (("max_model_len", 2), ("num_kv_blocks", 1), ("kv_cache_memory", 1)):
             if getattr(self, name) is not None:

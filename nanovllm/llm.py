@@ -174,7 +174,9 @@ class LLM:
         return bool(self.engine.requests or self._undelivered)
 
     def close(self) -> None:
-        """Give back the model's and the KV cache's memory. Calling it twice is fine; nothing else works afterwards."""
+        """Give back all memory and end all processes. Calling it twice is fine; nothing else works afterwards."""
+        if self._engine is not None:
+            self._engine.close()
         self._engine = None
 
     # -- Shared by the above -------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Threads that have finished their part of a product spin only briefly before they sleep. On a quiet machine that is as
@@ -39,6 +40,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# How far a result may be from the exact one, relative to its size: a few roundings.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
 # The cores are shared with the other workers of pytest-xdist.
 ALL_THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 
@@ -47,6 +51,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """A tiny model has nothing to share between threads: they would only wait for each other."""
     fixtures = getattr(item, "fixturenames", ())
     torch.set_num_threads(ALL_THREADS if "default_model_path" in fixtures else 1)
+
+
+@pytest.fixture
+def seeded() -> Iterator[None]:
+    """Random numbers that are the same in every run, and no gradients."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from nanovllm.kernels.torch_attention import MAX_PADDING, group_by_length
 from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import use_context
 from tests import interpreter
+from tests.conftest import TOLERANCE
 from tests.paged import make_context, slots_of
 
 if interpreter.IS_ON:
@@ -24,16 +25,7 @@ if interpreter.IS_ON:
 else:
     WHERE = [("torch", "cpu")] + [("torch", "cuda"), ("triton", "cuda")] * torch.cuda.is_available()
 on_every_backend = pytest.mark.parametrize("backend, device", WHERE)
-
-# How far a result may be from the exact one, relative to its size: a few roundings.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

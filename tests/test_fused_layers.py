@@ -10,21 +10,15 @@ from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import rotate
 from tests import interpreter
+from tests.conftest import TOLERANCE
 
 triton_layers = pytest.importorskip("nanovllm.kernels.triton_layers")
 from nanovllm.kernels import triton_sampler
 
 DEVICE = "cpu" if interpreter.IS_ON or not torch.cuda.is_available() else "cuda"
 somewhere = pytest.mark.skipif(DEVICE == "cpu" and not interpreter.IS_ON, reason="needs a GPU, or the interpreter")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def check(actual: torch.Tensor, expected: torch.Tensor) -> None:

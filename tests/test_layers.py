@@ -14,17 +14,10 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, Linear, linear_in_float32, pack
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_inverse_frequencies, rope_settings, rotate
 from nanovllm.utils.ranks import Ranks
+from tests.conftest import TOLERANCE
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-# How far a result may be from the exact one, relative to its size: a few roundings.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

@@ -2,11 +2,7 @@
 
 import logging
 import secrets
-import signal
-import threading
-from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from time import perf_counter
@@ -17,8 +13,8 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.overlap import Overlap
+from nanovllm.engine.parallel import make_runner
 from nanovllm.engine.recorder import Recorder, environment
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -28,6 +24,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checkpoint import load_eos_token_ids, load_hf_config, load_tokenizer
 from nanovllm.utils.checks import check_int
 from nanovllm.utils.hub import resolve_model
+from nanovllm.utils.interrupts import interrupts_deferred
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +79,7 @@ class LLMEngine:
         self.vocab_size = hf_config.vocab_size
         self.eos_token_ids = load_eos_token_ids(path, hf_config)
         self.tokenizer = load_tokenizer(path)
-        self.model_runner = ModelRunner(config, hf_config, path)
+        self.model_runner = make_runner(config, hf_config, path)
         config.num_kv_blocks = self.model_runner.num_blocks
         if config.max_model_len is None:
             config.max_model_len = min(longest, config.num_kv_blocks * config.block_size)
@@ -166,6 +163,10 @@ class LLMEngine:
             raise RuntimeError(f"{len(self.requests)} requests are unfinished; finish or abort them first")
         self.block_manager.clear()
         self._record()
+
+    def close(self) -> None:
+        """End the processes that this engine has started; it can make no more steps. Twice is fine."""
+        self.model_runner.close()
 
     # -- Steps ---------------------------------------------------------------------------------------------------------
 
@@ -253,8 +254,8 @@ class LLMEngine:
         if not self.recorders:
             self.block_manager.events = []
         runner = self.model_runner
-        device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "CPU"
-        about = environment(torch=torch.__version__, device=device, dtype=str(runner.dtype).removeprefix("torch."))
+        dtype = str(runner.dtype).removeprefix("torch.")
+        about = environment(torch=torch.__version__, device=runner.device_name, dtype=dtype)
         recorder = Recorder(self.config, about, self.block_manager, self.scheduler, self._text_of, self._stop_recording)
         for request in self.requests.values():
             recorder.add(request.seq, request.prompt)
@@ -288,19 +289,3 @@ class LLMEngine:
                 *(len(scheduler.running), len(scheduler.waiting), blocks.num_blocks - len(blocks.free)),
                 *(blocks.num_blocks, 1000 * seconds),
             )
-
-
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C, or Jupyter's stop button, wait for the end of the block: bookkeeping is never left half done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
-        return
-    received: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda signum, frame: received.append(signum))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if received:
-            signal.raise_signal(signal.SIGINT)

@@ -59,6 +59,7 @@ class ModelRunner:
     def __init__(self, config: Config, hf_config: PretrainedConfig, path: Path, ranks: Ranks | None = None) -> None:
         self.hf_config, self.ranks = hf_config, ranks or Ranks()
         self.device = resolve_device(config.device)
+        self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.dtype = resolve_dtype(config.dtype, hf_config, self.device)
         self.block_size = config.block_size
         self.model = build_model(hf_config, path, self.dtype, self.device, config.load_format, self.ranks)
