@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
+from nanovllm import LLM
 from nanovllm.lessons.checks import NotAttempted, attempted, exercise
-from nanovllm.viz.rank_map import look
+from nanovllm.viz.rank_map import draw_box, look
+from nanovllm.viz.slices import ALL, Slices, placed
 from nanovllm.viz.theme import EMPTY, INK, QUIET, ink_on, new_figure, styled
 
 # -- What chapter 01 has written ---------------------------------------------------------------------------------------
@@ -110,6 +112,60 @@ def draw_matrix(ax: Axes, matrix: Matrix, left: float, top: float, size: int) ->
             number = f"{matrix.values[row, column]:g}"
             ax.text(place[0] + 0.6, top + row + 0.5, number, color=ink_on(colour) if rank is not None else INK, **words)
     ax.text(left, top - 0.35, matrix.name, fontsize=9, fontweight="bold", va="center_baseline")
+
+
+# -- The opening picture -----------------------------------------------------------------------------------------------
+
+
+def record_ranks() -> list[dict[str, Any]]:
+    """What three ranks of the default model say that they hold."""
+    llm = LLM(dtype="float32", num_kv_blocks=8, tensor_parallel_size=3)
+    told: list[dict[str, Any]] = llm.engine.model_runner.describe()
+    llm.close()
+    return told
+
+
+def draw_layer() -> Figure:
+    """Layer 0 of the default model on three ranks, in the order in which a token passes through its matrices."""
+    slices = Slices({"three ranks": record_ranks()})
+    tensors = {tensor.short_name: tensor for tensor in slices.runs["three ranks"]["layer 0"]}
+    columns = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    scale, gap, figure = 0.155, 60.0, new_figure(9, 3.7)
+    with styled():
+        ax = figure.subplots()
+        left, lowest = 0.0, 0.0
+        for i, names in enumerate(columns):
+            top, widest = 30.0, 0.0
+            for k, name in enumerate(names):
+                box = placed(tensors[name], left, top, scale, narrow=0)
+                if name == "up_proj":  # beside gate
+                    box = placed(tensors[name], left + 100, 30.0, scale, narrow=0)
+                draw_box(ax, box, ALL)
+                top, widest = box.top + box.height + 34, max(widest, box.left + box.width - left)
+                lowest = max(lowest, box.top + box.height)
+            left += widest
+            words = "attention" if i == 0 else "silu, ·" if i == 2 else ""
+            draw_step(ax, left, left + gap + 14 * (i % 2), words, is_exchange=i % 2 == 1)
+            left += gap + 14 * (i % 2)
+        ax.text(0, lowest + 4, "copied to every rank: the two norms, and x", fontsize=9, color=QUIET, va="center")
+        ax.set(xlim=(-4, left + 4), ylim=(lowest + 16, 0), aspect="equal")
+        ax.axis("off")
+        handles = [Patch(facecolor=look(r)[0], hatch=look(r)[1], edgecolor="white", label=f"rank {r}") for r in range(3)]
+        figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=9)
+    return figure
+
+
+def draw_step(ax: Axes, start: float, end: float, words: str, is_exchange: bool) -> None:
+    """An arrow from one matrix to the next, and what happens there: on each rank alone, or between all of them."""
+    middle = (start + end) / 2
+    arrow: dict[str, Any] = dict(arrowstyle="-|>", mutation_scale=11, color=INK if is_exchange else QUIET)
+    ax.add_patch(FancyArrowPatch((start + 4, 75), (end - 4, 75), shrinkA=0, shrinkB=0, **arrow))
+    if is_exchange:
+        box = dict(boxstyle="round,pad=0.3", facecolor=INK, edgecolor="none")
+        style: dict[str, Any] = dict(ha="center", va="center", fontsize=8.5, fontweight="bold", color="white", bbox=box)
+        ax.text(middle, 75, "all-\nreduce", **style)
+    else:
+        ax.text(middle, 62, words, ha="center", va="center", fontsize=8, color=QUIET, parse_math=False)
 
 
 # -- Messages in a ring ------------------------------------------------------------------------------------------------

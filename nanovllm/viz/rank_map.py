@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -84,7 +85,7 @@ def rank_map_figure(slices: Slices, choice: Choice) -> Figure:
         ax = figure.subplots()
         figure.suptitle(f"{TITLE}\n{choice.run}, {choice.part}, rank {choice.rank}", x=0.008, ha="left", fontsize=10.5)
         for box in boxes:
-            draw_box(ax, box, choice)
+            draw_box(ax, box, choice.rank)
         ax.set(xlim=(-2, WIDTH + 2), ylim=(height, 0), aspect="equal")
         ax.axis("off")
         handles = [
@@ -96,15 +97,15 @@ def rank_map_figure(slices: Slices, choice: Choice) -> Figure:
     return figure
 
 
-def draw_box(ax: Any, box: Box, choice: Choice) -> None:
-    """A tensor: its name and shape above, a rectangle for each slice."""
+def draw_box(ax: Axes, box: Box, chosen: str) -> None:
+    """A tensor: its name and shape above, a rectangle for each slice; pale, if it is not of the chosen rank."""
     shape = f"{box.shape}{', drawn wider' if box.stretched else ''}"
     ax.text(box.left, box.top - 16, box.name, fontsize=9, fontweight="bold", va="center", parse_math=False)
     ax.text(box.left, box.top - 5.5, shape, fontsize=7.5, va="center", color=QUIET, parse_math=False)
     for region in box.regions:
         place = (box.left + region.left * box.width, box.top + region.top * box.height)
         wide, high = (region.right - region.left) * box.width, (region.bottom - region.top) * box.height
-        is_pale = choice.rank != ALL and int(choice.rank) not in region.ranks
+        is_pale = chosen != ALL and int(chosen) not in region.ranks
         if len(region.ranks) == 1:
             colour, hatching = look(region.ranks[0])
             style: dict[str, Any] = dict(facecolor=colour, hatch=hatching, edgecolor="white", linewidth=0.8)

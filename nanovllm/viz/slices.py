@@ -195,8 +195,8 @@ def parts_of(label: str, ranks: Sequence[Mapping[str, Any]]) -> dict[str, list[T
     return dict(sorted(parts.items(), key=lambda item: (item[0] == ENDS, int(item[0].split()[-1]) if item[0] != ENDS else 0)))
 
 
-def placed(tensor: Tensor, left: float, top: float, scale: float) -> Box:
-    """A tensor as a box."""
+def placed(tensor: Tensor, left: float, top: float, scale: float, narrow: float = NARROW) -> Box:
+    """A tensor as a box; one that would be narrower than `narrow` is widened."""
     wide, high = scale * width(tensor), max(scale * rows(tensor), THINNEST)
     regions = []
     for part, ranks in tensor.owners().items():
@@ -205,7 +205,7 @@ def placed(tensor: Tensor, left: float, top: float, scale: float) -> Box:
         sides = (start / width(tensor), above / rows(tensor), stop / width(tensor), below / rows(tensor))
         regions.append(Region(*sides, ranks))
     shape = " × ".join(f"{n:,}" for n in tensor.shape)
-    is_narrow = wide < NARROW
+    is_narrow = wide < narrow
     return Box(tensor.short_name, shape, left, top, WIDENED if is_narrow else wide, high, is_narrow, tuple(regions))
 
 
