@@ -150,7 +150,9 @@ def draw_layer() -> Figure:
         ax.text(0, lowest + 4, "copied to every rank: the two norms, and x", fontsize=9, color=QUIET, va="center")
         ax.set(xlim=(-4, left + 4), ylim=(lowest + 16, 0), aspect="equal")
         ax.axis("off")
-        handles = [Patch(facecolor=look(r)[0], hatch=look(r)[1], edgecolor="white", label=f"rank {r}") for r in range(3)]
+        handles = [
+            Patch(facecolor=look(r)[0], hatch=look(r)[1], edgecolor="white", label=f"rank {r}") for r in range(3)
+        ]
         figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=9)
     return figure
 
@@ -189,7 +191,7 @@ def draw_messages(sent: Sequence[Sequence[torch.Tensor]]) -> Figure:
                 draw_message(ax, step, rank, inside, size)
                 if step + 1 < num_steps:
                     to = (rank + 1) % size
-                    start, end = (step + 0.8, rank + 0.5), (step + 1.03, to + 0.5)
+                    start, end = (step + 0.81, rank + 0.5), (step + 0.99, to + 0.5)
                     style: dict[str, Any] = dict(arrowstyle="-|>", mutation_scale=10, color=QUIET, linewidth=0.9)
                     ax.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, zorder=0, **style))
         half = num_steps // 2
@@ -313,7 +315,35 @@ def row_parallel_on(
     return [attempted(result) for result in results], calls
 
 
-@exercise(2, "With more ranks than KV heads, another rank saves weights, but no cache.")
+@exercise(2, "Few messages, each of them whole: this is what a small tensor wants, and a large one does not.")
+def check_doubling(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
+    for size in (2, 4, 8, 1):
+        inputs = [torch.tensor([random.randint(0, 99) for _ in range(6)]) for _ in range(size)]
+        right = torch.stack(inputs).sum(dim=0)
+        try:
+            peers, results = on_peers(size, lambda peer: answer(peer, inputs[peer.number].clone()))
+        except NoMessage as error:
+            yield f"with {size} ranks, {error}: everybody is stuck. Who sends to whom in that round?"
+            return
+        if results[0] is None or results[0] is ...:
+            raise NotAttempted
+        rounds = size.bit_length() - 1
+        most = max(peer.num_sent for peer in peers)
+        for rank, result in enumerate(results):
+            if not isinstance(result, torch.Tensor) or result.shape != right.shape:
+                yield f"with {size} ranks, rank {rank} returns {result!r}, and not a tensor like the one it was given."
+            elif not torch.equal(result, right):
+                there = [r for r in range(size) if torch.equal(result, inputs[r])]
+                said = f" That is what rank {there[0]} gave, and nothing else." if there else ""
+                yield f"with {size} ranks, rank {rank} returns {result.tolist()}; the sum is {right.tolist()}.{said}"
+        if most > rounds:
+            yield (
+                f"with {size} ranks, the sum is right, but a rank sends {most} messages. {rounds} are enough: in every "
+                "round, each rank knows the sum of twice as many."
+            )
+
+
+@exercise(3, "With more ranks than KV heads, another rank saves weights, but no cache.")
 def check_kv_heads(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
     cases = [(9, 3, 3), (9, 3, 9), (64, 8, 8), (64, 8, 16), (8, 8, 2), (12, 2, 6)]
     for _ in range(6):
@@ -329,7 +359,9 @@ def check_kv_heads(answer: Callable[..., Any], random: random.Random) -> Iterato
             got = list(attempted(answer(rank, size, num_heads, num_kv_heads)))
             if got == right:
                 continue
-            case = f"{num_heads} query heads share {num_kv_heads} KV heads, on {size} ranks. Rank {rank} has query heads "
+            case = (
+                f"{num_heads} query heads share {num_kv_heads} KV heads, on {size} ranks. Rank {rank} has query heads "
+            )
             case += f"{heads[0]} to {heads[-1]}" if each > 1 else f"{heads[0]} alone"
             said = f"{case}; these read KV heads {right}, and you return {got}."
             if not got:
@@ -361,7 +393,7 @@ class VocabularyRank:
         return values.tolist(), places.tolist()
 
 
-@exercise(3, "A few numbers from each rank in the place of its whole part of the vocabulary.")
+@exercise(4, "A few numbers from each rank in the place of its whole part of the vocabulary.")
 def check_top_k(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
     for size, crowded in ((3, True), (2, False), (4, False), (random.randint(2, 6), True)):
         widths = [random.randint(20, 40) for _ in range(size)]
@@ -394,31 +426,3 @@ def check_top_k(answer: Callable[..., Any], random: random.Random) -> Iterator[s
             yield f"{case}: you return {list(got)}, and the best are {right}. A place in a rank's part is no token id."
         else:
             yield f"{case}: you return {list(got)}, and the best are {right}."
-
-
-@exercise(4, "Few messages, each of them whole: this is what a small tensor wants, and a large one does not.")
-def check_doubling(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
-    for size in (2, 4, 8, 1):
-        inputs = [torch.tensor([random.randint(0, 99) for _ in range(6)]) for _ in range(size)]
-        right = torch.stack(inputs).sum(dim=0)
-        try:
-            peers, results = on_peers(size, lambda peer: answer(peer, inputs[peer.number].clone()))
-        except NoMessage as error:
-            yield f"with {size} ranks, {error}: everybody is stuck. Who sends to whom in that round?"
-            return
-        if results[0] is None or results[0] is ...:
-            raise NotAttempted
-        rounds = size.bit_length() - 1
-        most = max(peer.num_sent for peer in peers)
-        for rank, result in enumerate(results):
-            if not isinstance(result, torch.Tensor) or result.shape != right.shape:
-                yield f"with {size} ranks, rank {rank} returns {result!r}, and not a tensor like the one it was given."
-            elif not torch.equal(result, right):
-                there = [r for r in range(size) if torch.equal(result, inputs[r])]
-                said = f" That is what rank {there[0]} gave, and nothing else." if there else ""
-                yield f"with {size} ranks, rank {rank} returns {result.tolist()}; the sum is {right.tolist()}.{said}"
-        if most > rounds:
-            yield (
-                f"with {size} ranks, the sum is right, but a rank sends {most} messages. {rounds} are enough: in every "
-                "round, each rank knows the sum of twice as many."
-            )

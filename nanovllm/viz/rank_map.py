@@ -116,7 +116,9 @@ def draw_box(ax: Axes, box: Box, chosen: str) -> None:
             plate = dict(boxstyle="round,pad=0.12", facecolor=colour, edgecolor="none")
             ink = INK if len(region.ranks) > 1 else ink_on(colour)
             middle = (place[0] + wide / 2, place[1] + high / 2)
-            words: dict[str, Any] = dict(ha="center", va="center_baseline", fontsize=8 if high > 14 else 6.5, bbox=plate)
+            words: dict[str, Any] = dict(
+                ha="center", va="center_baseline", fontsize=8 if high > 14 else 6.5, bbox=plate
+            )
             ax.text(*middle, label_of(region.ranks), color=ink, **words)
 
 

@@ -1,9 +1,9 @@
 """Which rank holds which slice: what the ranks say of themselves, as plain data, in words, and laid out to be drawn.
 
-    slices = Slices({"three ranks": llm.engine.model_runner.describe()})
-    slices.choices                  # every run, part of the model and rank to choose from
-    slices.sentence(slices.choices[0])
-    slices.scene(slices.choices[0])      # its tensors as boxes, which rank_map.py and widget.js draw
+slices = Slices({"three ranks": llm.engine.model_runner.describe()})
+slices.choices                  # every run, part of the model and rank to choose from
+slices.sentence(slices.choices[0])
+slices.scene(slices.choices[0])      # its tensors as boxes, which rank_map.py and widget.js draw
 """
 
 import hashlib
@@ -192,7 +192,9 @@ def parts_of(label: str, ranks: Sequence[Mapping[str, Any]]) -> dict[str, list[T
         parts.setdefault(ENDS if layer is None else f"layer {layer}", []).append(tensor)
     for tensors in parts.values():  # what is long and thin at the end
         tensors.sort(key=lambda tensor: len(tensor.shape) < 2)
-    return dict(sorted(parts.items(), key=lambda item: (item[0] == ENDS, int(item[0].split()[-1]) if item[0] != ENDS else 0)))
+    return dict(
+        sorted(parts.items(), key=lambda item: (item[0] == ENDS, int(item[0].split()[-1]) if item[0] != ENDS else 0))
+    )
 
 
 def placed(tensor: Tensor, left: float, top: float, scale: float, narrow: float = NARROW) -> Box:
@@ -201,7 +203,7 @@ def placed(tensor: Tensor, left: float, top: float, scale: float, narrow: float 
     regions = []
     for part, ranks in tensor.owners().items():
         *first, (start, stop) = part
-        (above, below) = first[0] if first else (0, 1)
+        above, below = first[0] if first else (0, 1)
         sides = (start / width(tensor), above / rows(tensor), stop / width(tensor), below / rows(tensor))
         regions.append(Region(*sides, ranks))
     shape = " × ".join(f"{n:,}" for n in tensor.shape)
