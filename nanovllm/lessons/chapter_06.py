@@ -333,14 +333,25 @@ def check_doubling(answer: Callable[..., Any], random: random.Random) -> Iterato
             if not isinstance(result, torch.Tensor) or result.shape != right.shape:
                 yield f"with {size} ranks, rank {rank} returns {result!r}, and not a tensor like the one it was given."
             elif not torch.equal(result, right):
-                there = [r for r in range(size) if torch.equal(result, inputs[r])]
-                said = f" That is what rank {there[0]} gave, and nothing else." if there else ""
-                yield f"with {size} ranks, rank {rank} returns {result.tolist()}; the sum is {right.tolist()}.{said}"
+                yield (
+                    f"with {size} ranks, rank {rank} returns {result.tolist()}; the sum is {right.tolist()}."
+                    f"{whose(result, inputs)}"
+                )
         if most > rounds:
             yield (
                 f"with {size} ranks, the sum is right, but a rank sends {most} messages. {rounds} are enough: in every "
                 "round, each rank knows the sum of twice as many."
             )
+
+
+def whose(result: torch.Tensor, inputs: list[torch.Tensor]) -> str:
+    """A sentence that says whose numbers have been added up, if it is only some of them."""
+    for some in range(1, 2 ** len(inputs) - 1):
+        ranks = [rank for rank in range(len(inputs)) if some >> rank & 1]
+        if torch.equal(result, torch.stack([inputs[rank] for rank in ranks]).sum(dim=0)):
+            numbers = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {' and '.join(map(str, ranks))}"
+            return f" That is what {numbers} gave, and nothing else."
+    return ""
 
 
 @exercise(3, "With more ranks than KV heads, another rank saves weights, but no cache.")

@@ -16,7 +16,7 @@ ALL = "all"
 ENDS = "embedding and head"
 WIDTH, TALLEST = 880.0, 300.0  # of a picture, in points
 GAP, LABEL, THINNEST = 22.0, 32.0, 12.0
-NARROW, WIDENED = 100.0, 170.0  # a box that would be narrower than the first becomes as wide as the second
+NARROW, WIDENED = 60.0, 170.0  # a box that would be narrower than the first becomes as wide as the second
 
 
 class Choice(NamedTuple):
