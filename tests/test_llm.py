@@ -433,7 +433,7 @@ def test_bad_request(llm, case):
         ({"enforce_eager": "no"}, TypeError, "enforce_eager must be True or False"),
         ({"enable_prefix_caching": 1}, TypeError, "enable_prefix_caching must be True or False"),
         ({"scheduler": "fifo"}, TypeError, "scheduler must be a class"),
-        ({"tensor_parallel_size": 2}, ValueError, "tensor parallelism is not built yet"),
+        ({"tensor_parallel_size": 3}, ValueError, "sizes that do: 1, 2, 4"),
     ],
 )
 def test_bad_setting(model_path, settings, error, message):

@@ -85,11 +85,3 @@ def test_a_table_is_changed_where_it_has_changed(replaying):
             known = runner.collector.num_told_blocks[seq.row]
             assert table[:known] == seq.block_table[:known]
     assert (graphs.block_tables[-1] == 60).all()  # the row for padding leads to the dummy block
-
-
-def test_buckets():
-    assert cuda_graphs.buckets_up_to(1) == [1]
-    assert cuda_graphs.buckets_up_to(3) == [1, 2, 4]
-    assert cuda_graphs.buckets_up_to(24) == [1, 2, 4, 8, 16, 24]
-    assert cuda_graphs.buckets_up_to(25)[-1] == 32
-    assert cuda_graphs.buckets_up_to(16_384)[-1] == 512

@@ -7,6 +7,7 @@ import pytest
 
 TORCH_FREE = [
     "engine.block_manager",
+    "engine.buckets",
     "engine.scheduler",
     "engine.sequence",
     "engine.trace",

@@ -11,7 +11,6 @@ That works because a layer stores the keys and values of all tokens before any o
 """
 
 import logging
-from bisect import bisect_left
 from time import perf_counter
 
 import numpy as np
@@ -19,14 +18,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from nanovllm.engine.buckets import bucket_of, buckets_up_to
 from nanovllm.kernels import triton_sampler
 from nanovllm.utils.context import Context, use_context
 
 logger = logging.getLogger(__name__)
-
-# Rounding up costs at most seven rows of padding, which a GPU hardly notices. From 512 tokens on a step takes longer
-# than its launches.
-BUCKETS = [1, 2, 4, *range(8, 513, 8)]
 
 # What a graph takes, at most, beside the memory that all of them share; measured: 671 MB for 102 graphs of Qwen3-0.6B.
 BYTES_PER_GRAPH = 8 << 20
@@ -163,7 +159,8 @@ class StepGraphs:
     ) -> None:
         """Replay the graph of the next bucket for `inputs`, `[3, n]`, with columns of `padding` behind them."""
         n = inputs.shape[1]
-        bucket = BUCKETS[bisect_left(BUCKETS, n)]
+        bucket = bucket_of(n)
+        assert bucket is not None
         padded = np.repeat(np.array(padding)[:, None], bucket, axis=1)  # [3, bucket]
         padded[:, :n] = inputs
         buffer[: 3 * bucket].copy_(pinned(padded.ravel()), non_blocking=True)
@@ -173,11 +170,6 @@ class StepGraphs:
         """Change some numbers of a table, one-dimensional, on the device."""
         on_device = (pinned(array).to(table.device, non_blocking=True) for array in (places, values))
         table.index_copy_(0, *on_device)
-
-
-def buckets_up_to(most: int) -> list[int]:
-    """The buckets that steps of up to `most` tokens need; larger steps have none."""
-    return BUCKETS[: bisect_left(BUCKETS, most) + 1]
 
 
 def memory_of_graphs(max_num_tokens: int, max_num_seqs: int) -> int:

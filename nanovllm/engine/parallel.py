@@ -1,47 +1,37 @@
 """Tensor parallelism: several ranks, each a process with its part of the model, are started, fed, watched and ended.
 
 The process in which the user is plans the steps and has no part of the model. It tells every rank the same over a pipe,
-and every rank answers. Each is started as `python -m nanovllm.engine.parallel`: a new interpreter, and not a copy of this
-one, so that it works in a notebook, in a script without a `__main__` guard, and several times in one process.
-
-Under `torchrun`, which starts a process for each rank itself, on several hosts, the first of these is where the user is,
-and the others connect to it (`docs/distributed.md`).
+and every rank answers. Under torchrun, the others' pipes are connections to other hosts (`docs/distributed.md`).
 """
 
 import os
 import pickle
-import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 import weakref
 from collections.abc import Collection, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
+from dataclasses import replace
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from nanovllm.config import Config
 from nanovllm.engine.kv_cache import MemoryUse
 from nanovllm.engine.model_runner import ModelRunner, resolve_device
+from nanovllm.engine.rank import Report, serve
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputCollector
-from nanovllm.utils.checkpoint import load_hf_config
+from nanovllm.engine.torchrun import accept, connect, is_torchrun
 from nanovllm.utils.interrupts import interrupts_deferred
-from nanovllm.utils.ranks import Ranks
 
 PATIENCE = 1.0  # seconds to hear what the other ranks have to say when one has failed
 TIME_TO_END = 5.0  # seconds that a rank has to end by itself
-WATCH = 0.5  # seconds between two looks at whether the parent is alive
 LOG_TAIL = 2000  # bytes of what a rank has written before it died
 
 
@@ -54,14 +44,13 @@ def make_runner(config: Config, hf_config: PretrainedConfig, path: Path) -> Any:
     if size == 1:
         return ModelRunner(config, hf_config, path)
     check_shares(hf_config, size)
-    is_under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if is_under_torchrun:
+    if is_torchrun():
         world_size = int(os.environ["WORLD_SIZE"])
         if world_size != size:
             raise ValueError(f"torchrun has started {world_size} processes, but tensor_parallel_size is {size}")
         if (rank := int(os.environ["RANK"])) > 0:
             sys.exit(serve(connect(rank), rank, config, path, None))
-    return ParallelRunner(config, path, is_under_torchrun)
+    return ParallelRunner(config, path)
 
 
 def check_shares(hf_config: PretrainedConfig, size: int) -> None:
@@ -79,19 +68,6 @@ def check_shares(hf_config: PretrainedConfig, size: int) -> None:
             f"tensor_parallel_size is {size}, but this model has {num_heads} attention heads, {num_kv_heads} KV heads "
             f"and an intermediate size of {width}, which must divide evenly; sizes that do: {sizes}"
         )
-
-
-# -- The process where the user is -------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Report:
-    """A rank's last word, or that there was none."""
-
-    rank: int
-    when: float  # by a clock that all processes share
-    text: str
-    is_users: bool = False  # the mistake: a ValueError that speaks for itself
 
 
 class RemoteStep:
@@ -114,7 +90,7 @@ class ParallelRunner:
     RuntimeError if a rank dies or fails: it names the rank, all are ended, and this engine is of no more use.
     """
 
-    def __init__(self, config: Config, path: Path, is_under_torchrun: bool) -> None:
+    def __init__(self, config: Config, path: Path) -> None:
         self.size = config.tensor_parallel_size
         self.device = resolve_device(config.device)
         if self.device.index is not None:
@@ -122,7 +98,7 @@ class ParallelRunner:
                 f"device is {config.device!r}, but tensor_parallel_size is {self.size}; use device={self.device.type!r}, "
                 "and CUDA_VISIBLE_DEVICES to choose among GPUs"
             )
-        if self.device.type == "cuda" and not is_under_torchrun and self.size > torch.cuda.device_count():
+        if self.device.type == "cuda" and not is_torchrun() and self.size > torch.cuda.device_count():
             raise ValueError(
                 f"tensor_parallel_size is {self.size}, but there are {torch.cuda.device_count()} GPUs here; "
                 "lower it, or use device='cpu' or torchrun"
@@ -135,7 +111,7 @@ class ParallelRunner:
         self._end: weakref.finalize = weakref.finalize(self, end, self.processes, self.connections)
         try:
             with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
-                if is_under_torchrun:
+                if is_torchrun():
                     self.start(config, path, None, num_children=1)
                     self.connections += accept(self.size)
                 else:
@@ -163,7 +139,7 @@ class ParallelRunner:
             ours, theirs = Pipe()
             log = tempfile.TemporaryFile()
             process = subprocess.Popen(
-                [sys.executable, "-m", "nanovllm.engine.parallel", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-m", "nanovllm.engine.rank", str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -211,24 +187,22 @@ class ParallelRunner:
             raise RuntimeError(self.failure)
         answers: dict[int, Any] = {}
         while len(answers) < self.size:
-            for rank, answer in self.hear(answers.keys()):
-                if isinstance(answer, Report):
-                    self.fail({rank: answer})
-                answers[rank] = answer
+            answers |= self.hear(answers)
+            if reports := {rank: answer for rank, answer in answers.items() if isinstance(answer, Report)}:
+                self.fail(reports)
         return [answers[rank] for rank in range(self.size)]
 
-    def hear(self, others_than: Collection[int], timeout: float | None = None) -> list[tuple[int, Any]]:
-        """What some ranks say first, and who they are; a `Report` is the last of one that has failed or died."""
-        connections = [c for rank, c in enumerate(self.connections) if rank not in others_than]
-        heard: list[tuple[int, Any]] = []
+    def hear(self, heard: Collection[int], timeout: float | None = None) -> dict[int, Any]:
+        """What some rank says that has not been heard yet, or several; a `Report` if it has failed or died."""
+        connections = [connection for rank, connection in enumerate(self.connections) if rank not in heard]
+        answers: dict[int, Any] = {}
         for connection in wait(connections, timeout):
             rank = self.connections.index(connection)  # type: ignore[arg-type]
             try:
-                answer = connection.recv()  # type: ignore[union-attr, call-arg]
+                answers[rank] = connection.recv()  # type: ignore[union-attr, call-arg]
             except (EOFError, OSError):
-                answer = Report(rank, -1.0, self.obituary(rank))  # before any error, which it may have caused
-            heard.append((rank, answer))
-        return heard
+                answers[rank] = Report(rank, -1.0, self.obituary(rank))  # before any error, which it may have caused
+        return answers
 
     # -- When it ends --------------------------------------------------------------------------------------------------
 
@@ -236,7 +210,7 @@ class ParallelRunner:
         """A rank has failed. Others then do, too: hear them all, for a short while, and name the one that was first."""
         deadline = time.monotonic() + PATIENCE
         while len(reports) < self.size and (left := deadline - time.monotonic()) > 0:
-            reports |= {rank: answer for rank, answer in self.hear(reports, left) if isinstance(answer, Report)}
+            reports |= {rank: answer for rank, answer in self.hear(reports, left).items() if isinstance(answer, Report)}
         first = min(reports.values(), key=lambda report: report.when)
         for process in self.processes:
             process.kill()
@@ -275,97 +249,3 @@ def end(processes: Sequence[subprocess.Popen], connections: Sequence[Connection]
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-# -- A rank ------------------------------------------------------------------------------------------------------------
-
-
-def serve(connection: Connection, rank: int, config: Config, path: Path, store: str | None) -> int:
-    """A rank's life: build its part of the model, then do as it is told, until the pipe is closed. Its exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever is at the other end decides what an interrupt ends
-    runner = None
-    try:
-        ranks = join(rank, config, store)
-        runner = ModelRunner(config, load_hf_config(path), path, ranks)
-        connection.send((runner.num_blocks, runner.dtype, runner.device_name, runner.memory))
-        while True:
-            match connection.recv():
-                case ("run", inputs):
-                    step = runner.run(inputs)
-                    connection.send((step.tokens(), step.logprobs, step.times) if rank == 0 else None)
-                case ("describe",):
-                    connection.send(runner.describe())
-    except EOFError:
-        return 0
-    except Exception as error:
-        when = time.monotonic()
-        if runner is None and isinstance(error, ValueError):  # of a checkpoint or a setting, not ours
-            report = Report(rank, when, str(error), is_users=True)
-        else:
-            report = Report(rank, when, f"failed:\n{traceback.format_exc()}")
-        with suppress(OSError):  # nobody may be there to be told
-            connection.send(report)
-        return 1
-
-
-def join(rank: int, config: Config, store: str | None) -> Ranks:
-    """Meet the other ranks: at a file, or if there is none, where torchrun says."""
-    size = config.tensor_parallel_size
-    device = resolve_device(config.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if store is None else rank)
-        torch.cuda.set_device(device)
-        config.device = str(device)
-    meeting = torchrun_store() if store is None else dist.FileStore(store, size)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=meeting, rank=rank, world_size=size)
-    return Ranks(rank, size, dist.group.WORLD)
-
-
-def die_with(parent: int) -> None:
-    """End this process as soon as the one that started it has, whatever it is doing."""
-    while os.getppid() == parent:
-        time.sleep(WATCH)
-    os._exit(1)
-
-
-def main() -> None:
-    fd, parent = map(int, sys.argv[1:])
-    threading.Thread(target=die_with, args=[parent], daemon=True).start()
-    connection = Connection(fd)
-    status = serve(connection, *connection.recv())
-    os._exit(status)  # at once: the others learn that it has gone when its sockets close
-
-
-# -- torchrun ----------------------------------------------------------------------------------------------------------
-
-
-def torchrun_store() -> dist.Store:
-    """Where processes that torchrun has started leave word for each other."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return dist.PrefixStore(f"nanovllm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def accept(size: int) -> list[Connection]:
-    """The connections to ranks 1 to `size - 1`, which are told where to call."""
-    key = secrets.token_bytes(32)
-    with Listener(("", 0), authkey=key) as listener:
-        torchrun_store().set("driver", f"{listener.address[1]} {key.hex()}")
-        connections = dict(greet(listener) for _ in range(1, size))
-    return [connections[rank] for rank in range(1, size)]
-
-
-def greet(listener: Listener) -> tuple[int, Connection]:
-    connection = listener.accept()
-    return connection.recv(), connection
-
-
-def connect(rank: int) -> Connection:
-    """The connection of a rank to where the user is."""
-    port, key = torchrun_store().get("driver").decode().split()
-    connection = Client((os.environ["MASTER_ADDR"], int(port)), authkey=bytes.fromhex(key))
-    connection.send(rank)
-    return connection
-
-
-if __name__ == "__main__":
-    main()

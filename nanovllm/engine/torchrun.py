@@ -1,0 +1,40 @@
+"""Under torchrun: the processes that it has started, perhaps on several hosts, find each other.
+
+It starts one for each rank, and all run the user's script. The first goes on with it. The others stop where the script
+makes its `LLM`: there they call the first and become ranks. What they are told comes over that connection.
+"""
+
+import os
+import secrets
+from multiprocessing.connection import Client, Connection, Listener
+
+import torch.distributed as dist
+
+
+def is_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def torchrun_store() -> dist.Store:
+    """Where the processes leave word for each other."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"nanovllm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def accept(size: int) -> list[Connection]:
+    """The first process's connections to ranks 1 to `size - 1`, which are told where to call."""
+    key = secrets.token_bytes(32)
+    with Listener(("", 0), authkey=key) as listener:
+        torchrun_store().set("driver", f"{listener.address[1]} {key.hex()}")
+        connections = [listener.accept() for _ in range(1, size)]
+    by_rank = {connection.recv(): connection for connection in connections}
+    return [by_rank[rank] for rank in range(1, size)]
+
+
+def connect(rank: int) -> Connection:
+    """A rank's connection to the first process, which is on the host that torchrun calls the master."""
+    port, key = torchrun_store().get("driver").decode().split()
+    connection = Client((os.environ["MASTER_ADDR"], int(port)), authkey=bytes.fromhex(key))
+    connection.send(rank)
+    return connection

@@ -1,0 +1,422 @@
+"""Tensor parallelism: several ranks answer as one does, and whatever happens to one of them, nobody waits for ever.
+
+On CPUs, through gloo. tests/gpu does the same through NCCL where there are GPUs enough.
+"""
+
+import os
+import pickle
+import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from jupyter_client.manager import start_new_kernel
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.parallel import ParallelRunner, check_shares
+from nanovllm.models import get_model_class
+from nanovllm.utils.loader import init_dummy, pieces_of
+from nanovllm.utils.ranks import Ranks
+
+from .conftest import SIZES, save_random_model
+
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+SOON = 5.0  # seconds within which a fault must be noticed
+
+
+def generate(llm: LLM, prompts, params=GREEDY) -> list[list[int]]:
+    return [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs: a zombie, whose parent has not asked for its status yet, does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition, seconds: float = SOON) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+# -- Who has what ------------------------------------------------------------------------------------------------------
+
+
+def qwen3_config(num_heads: int = 12, num_kv_heads: int = 12, **changes) -> Qwen3Config:
+    sizes = SIZES | dict(num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, intermediate_size=96)
+    return Qwen3Config(head_dim=16, architectures=["Qwen3ForCausalLM"], **(sizes | changes))
+
+
+def test_shares_are_contiguous_and_equal_or_copied():
+    assert [list(Ranks(rank, 3).share(9)) for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert [list(Ranks(rank, 6).share(2)) for rank in range(6)] == [[0], [0], [0], [1], [1], [1]]
+    assert list(Ranks().share(7)) == list(range(7))
+
+
+@pytest.mark.parametrize("size, num_kv_heads", [(1, 12), (2, 2), (3, 12), (3, 1), (4, 12), (4, 2), (12, 4)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_ranks_parts_make_up_the_whole(size, num_kv_heads, tied):
+    """Matrices are split without a gap or an overlap, but for the KV heads that are copied; the rest all have whole."""
+    config = qwen3_config(num_kv_heads=num_kv_heads, vocab_size=310, tie_word_embeddings=tied)
+    holders: dict[str, torch.Tensor] = {}
+    for rank in range(size):
+        for piece in pieces_of(config, Ranks(rank, size)):
+            holders.setdefault(piece.name, torch.zeros(piece.shape))[piece.part] += 1
+    assert ("lm_head.weight" in holders) != tied
+    for name, count in holders.items():
+        if "norm" in name:
+            copies = size
+        elif "k_proj" in name or "v_proj" in name:
+            copies = max(1, size // num_kv_heads)
+        else:
+            copies = 1
+        assert (count == copies).all(), name
+
+
+def test_a_ranks_random_weights_are_its_part_of_those_of_one():
+    """So that `load_format="dummy"` is the same model, however many share it."""
+    config = qwen3_config()
+    model_class = get_model_class(config)
+    whole, part = (model_class(config, ranks).requires_grad_(False) for ranks in (Ranks(), Ranks(2, 3)))
+    init_dummy(whole), init_dummy(part)
+    assert torch.equal(
+        part.model.layers[1].self_attn.o_proj.weight, whole.model.layers[1].self_attn.o_proj.weight[:, 128:]
+    )
+    q, k, v = whole.model.layers[1].self_attn.qkv_proj.weight.chunk(3)
+    assert torch.equal(part.model.layers[1].self_attn.qkv_proj.weight, torch.cat([q[128:], k[128:], v[128:]]))
+
+
+@pytest.mark.parametrize(
+    "size, heads, sizes",
+    [(2, (9, 3, 1536), "1, 3"), (5, (16, 8, 3072), "1, 2, 4, 8, 16"), (4, (12, 3, 96), "1, 3, 6, 12")],
+)
+def test_sizes_that_do_not_divide_are_refused_with_those_that_would(size, heads, sizes):
+    num_heads, num_kv_heads, width = heads
+    config = qwen3_config(num_heads, num_kv_heads, intermediate_size=width)
+    with pytest.raises(
+        ValueError, match=f"tensor_parallel_size is {size}, .* {num_heads} attention heads, .*: {sizes}$"
+    ):
+        check_shares(config, size)
+
+
+def test_refused_before_any_process_starts(model_path, monkeypatch):
+    monkeypatch.setattr(ParallelRunner, "start", lambda *args: pytest.fail("a rank was started"))
+    with pytest.raises(ValueError, match="sizes that do: 1, 2, 4"):
+        LLM(model_path, tensor_parallel_size=3)
+    with pytest.raises(ValueError, match="at least 1"):
+        LLM(model_path, tensor_parallel_size=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="there are 1 GPUs here"):
+        LLM(model_path, tensor_parallel_size=2, device="cuda")
+    with pytest.raises(ValueError, match="device is 'cuda:1', but tensor_parallel_size is 2; use device='cuda'"):
+        LLM(model_path, tensor_parallel_size=2, device="cuda:1")
+
+
+# -- The same answers --------------------------------------------------------------------------------------------------
+
+
+def requests(seed: int, num: int = 10) -> tuple[list[list[int]], list[SamplingParams]]:
+    rng = random.Random(seed)
+    beginning = [rng.randrange(256) for _ in range(40)]
+    prompts = [
+        beginning[: rng.randint(0, 40)] + [rng.randrange(256) for _ in range(rng.randint(1, 30))] for _ in range(num)
+    ]
+    params = [
+        SamplingParams(
+            temperature=rng.choice([0, 0, 1.0]),
+            top_p=rng.choice([1.0, 0.9]),
+            seed=i,
+            max_tokens=rng.randint(1, 24),
+            ignore_eos=True,
+            logprobs=rng.choice([None, 3]),
+        )
+        for i in range(num)
+    ]
+    return prompts, params
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """checkpoint(num_kv_heads): a tiny Qwen3 with twelve heads, an untied head, and a vocabulary that 3 does not divide."""
+    paths = {}
+
+    def make(num_kv_heads: int):
+        if num_kv_heads not in paths:
+            config = qwen3_config(num_kv_heads=num_kv_heads, tie_word_embeddings=False)
+            paths[num_kv_heads] = save_random_model(Qwen3ForCausalLM, config, tmp_path_factory.mktemp("qwen3"))
+        return paths[num_kv_heads]
+
+    return make
+
+
+@pytest.mark.parametrize("size, num_kv_heads", [(2, 12), (3, 12), (4, 12), (3, 1), (4, 2)])
+def test_several_ranks_answer_as_one(checkpoint, size, num_kv_heads):
+    """Shared prompts, chunks, a cache so small that sequences are preempted, greedy and not, log-probabilities."""
+    path = checkpoint(num_kv_heads)
+    settings = dict(num_kv_blocks=16, max_num_batched_tokens=32, max_num_seqs=5, dtype="float32", device="cpu")
+    prompts, params = requests(size)
+    one, several = LLM(path, **settings), LLM(path, tensor_parallel_size=size, **settings)
+    expected, answers = (llm.generate(prompts, params, use_tqdm=False) for llm in (one, several))
+    several.close()
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer["token_ids"] == other["token_ids"] and answer["text"] == other["text"]
+        assert answer["num_cached_tokens"] == other["num_cached_tokens"]
+        assert (answer["logprobs"] is None) == (other["logprobs"] is None)
+        for mine, theirs in zip(answer["logprobs"] or [], other["logprobs"] or [], strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-3)
+
+
+def test_biases_count_once_and_a_tied_head_is_split_too(tmp_path):
+    config = LlamaConfig(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, **(SIZES | {"vocab_size": 331}))
+    path = save_random_model(LlamaForCausalLM, config, tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    biases = {name: torch.randn_like(tensor) for name, tensor in tensors.items() if name.endswith("bias")}
+    assert len(biases) == 2 * 7
+    save_file(tensors | biases, path / "model.safetensors", metadata={"format": "pt"})
+    prompts = [[1, 2, 3], [330, 17, 200, 166, 165]]  # 166 is the first token of the second rank
+    expected = generate(LLM(path, num_kv_blocks=16, device="cpu"), prompts)
+    llm = LLM(path, num_kv_blocks=16, device="cpu", tensor_parallel_size=2)
+    assert generate(llm, prompts) == expected
+    llm.close()
+
+
+def test_the_default_model_on_three_ranks(default_model_path):
+    """Nine heads, three KV heads: one for each rank."""
+    prompts = ["The capital of France is", "Once upon a time"]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    expected = generate(LLM(default_model_path, num_kv_blocks=16, device="cpu"), prompts, params)
+    llm = LLM(default_model_path, num_kv_blocks=16, device="cpu", tensor_parallel_size=3)
+    with llm.trace() as trace:
+        assert generate(llm, prompts, params) == expected
+    assert trace.environment["device"] == "CPU" and trace.steps[0].times["forward"] > 0
+    ranks = llm.engine.model_runner.describe()
+    llm.close()
+    num_tokens = sum(s.num_new_tokens for step in trace.steps for s in step.scheduled)
+    num_logits = sum(len(step.sampled) for step in trace.steps)
+    for rank, holds in enumerate(ranks):
+        assert holds["rank"] == rank and holds["kv_cache"] == [2, 30, 17, 16, 1, 64]
+        parts = {tensor["name"]: tensor["part"] for tensor in holds["tensors"]}
+        assert parts["model.layers.7.self_attn.k_proj.weight"] == [[64 * rank, 64 * rank + 64], [0, 576]]
+        assert parts["model.layers.7.mlp.down_proj.weight"] == [[0, 576], [512 * rank, 512 * rank + 512]]
+        assert parts["model.embed_tokens.weight"] == [[16384 * rank, 16384 * rank + 16384], [0, 576]]
+        # One sum after attention and one after the MLP of each layer, and one after the embedding.
+        sums = {"calls": 61 * len(trace.steps), "bytes": 61 * num_tokens * 576 * 4}
+        logits = {"calls": len(trace.steps), "bytes": num_logits * 16384 * 4}
+        assert holds["traffic"] == {"all_reduce": sums, "all_gather": logits}
+
+
+# -- Faults ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llm(model_path):
+    llm = LLM(model_path, num_kv_blocks=64, device="cpu", tensor_parallel_size=2)
+    pids = [process.pid for process in llm.engine.model_runner.processes]
+    yield llm
+    llm.close()
+    assert not any(map(is_alive, pids)), "no process is left behind"
+
+
+def assert_ended(llm: LLM, start: float) -> None:
+    assert time.monotonic() - start < SOON
+    assert not any(is_alive(process.pid) for process in llm.engine.model_runner.processes)
+    with pytest.raises(RuntimeError, match="make a new LLM"):
+        generate(llm, [[1, 2, 3]])
+    assert not llm.has_unfinished_requests()
+
+
+def test_a_rank_killed_before_the_first_step(model_path, monkeypatch):
+    runners, start_ranks = [], ParallelRunner.start
+
+    def start_and_kill(self, *args, **kwargs):
+        start_ranks(self, *args, **kwargs)
+        runners.append(self)
+        threading.Timer(0.5, os.kill, [self.processes[1].pid, signal.SIGKILL]).start()  # while it loads
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParallelRunner, "start", start_and_kill)
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by SIGKILL"):
+            LLM(model_path, num_kv_blocks=8, device="cpu", tensor_parallel_size=2)
+    assert time.monotonic() - start < 0.5 + SOON
+    assert not any(is_alive(process.pid) for process in runners[0].processes)
+
+
+def test_a_rank_killed_between_steps_and_a_new_engine(llm, model_path):
+    expected = generate(llm, [[1, 2, 3]])
+    os.kill(llm.engine.model_runner.processes[1].pid, signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by SIGKILL; this engine has ended"):
+        generate(llm, [[1, 2, 3]])
+    assert_ended(llm, start)
+    another = LLM(model_path, num_kv_blocks=64, device="cpu", tensor_parallel_size=2)
+    assert generate(another, [[1, 2, 3]]) == expected
+    another.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_inside_a_step(llm, rank):
+    """Between two of its messages to us, so most probably in the middle of an exchange with the others."""
+    killed = []
+
+    def kill():
+        killed.append(time.monotonic())
+        os.kill(llm.engine.model_runner.processes[rank].pid, signal.SIGKILL)
+
+    threading.Timer(0.5, kill).start()
+    with pytest.raises(RuntimeError, match=f"rank {rank} of 2 was killed by SIGKILL"):
+        generate(llm, [[1, 2, 3]] * 8, ENDLESS)
+    assert_ended(llm, killed[0])
+
+
+def test_a_rank_that_raises_is_named_with_its_error(llm):
+    """Only it: the other waits for it in an exchange, and fails a little later because it is gone."""
+    runner = llm.engine.model_runner
+    send = runner.send
+
+    def send_nonsense_to_one(*message):
+        runner.connections[1].send(("run", "no inputs"))
+        runner.tell(runner.connections[0], pickle.dumps(message))
+
+    runner.send = send_nonsense_to_one
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 of 2 failed:(?s:.*)AttributeError: 'str' object"):
+        generate(llm, [[1, 2, 3]])
+    runner.send = send
+    assert_ended(llm, start)
+
+
+def test_a_broken_checkpoint_is_the_users_error_and_leaves_no_process(model_path, tmp_path):
+    for file in model_path.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="lacks model.safetensors"):
+        LLM(tmp_path, device="cpu", tensor_parallel_size=2)
+
+
+def test_two_engines_at_once(llm, model_path):
+    other = LLM(model_path, num_kv_blocks=64, device="cpu", tensor_parallel_size=2)
+    for engine in (llm, other):
+        engine.add_request([1, 2, 3], GREEDY)
+    answers = {llm: [], other: []}
+    while llm.has_unfinished_requests() or other.has_unfinished_requests():
+        for engine in (other, llm):
+            answers[engine] += [answer["token_ids"] for answer in engine.step()]
+    assert answers[llm] == answers[other] == generate(llm, [[1, 2, 3]])
+    other.close()
+    assert generate(llm, [[1, 2, 3]]) == answers[llm], "it does not miss the other"
+
+
+def test_deleted_without_close(model_path):
+    llm = LLM(model_path, num_kv_blocks=8, device="cpu", tensor_parallel_size=2)
+    pids = [process.pid for process in llm.engine.model_runner.processes]
+    del llm
+    assert not any(map(is_alive, pids))
+
+
+# -- From outside ------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from nanovllm import LLM, SamplingParams
+
+llm = LLM({path!r}, num_kv_blocks=64, device="cpu", tensor_parallel_size=2)
+print(*[process.pid for process in llm.engine.model_runner.processes], flush=True)
+params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+try:
+    while True:
+        llm.generate([[1, 2, 3]], params, use_tqdm=False)
+        print("went on", flush=True)
+except KeyboardInterrupt:
+    answer = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
+    print(len(answer[0]["token_ids"]), "tokens after the interrupt", flush=True)
+"""
+
+
+@pytest.fixture
+def script(model_path, tmp_path):
+    """A script without a `__main__` guard that generates for ever, in a process group of its own."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT.format(path=str(model_path)))
+    process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_parent_is_killed(script):
+    pids = [int(pid) for pid in script.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(is_alive, pids))
+    script.kill()
+    assert wait_until(lambda: not any(map(is_alive, pids))), "its ranks have ended, too"
+
+
+def test_an_interrupt_of_the_whole_group_leaves_the_ranks_alone(script):
+    """As a terminal's Ctrl-C and Jupyter's stop button send it."""
+    pids = [int(pid) for pid in script.stdout.readline().split()]
+    time.sleep(0.3)
+    os.killpg(script.pid, signal.SIGINT)
+    output, _ = script.communicate(timeout=30)
+    assert output.splitlines()[-1] == "4 tokens after the interrupt" and script.returncode == 0
+    assert not any(map(is_alive, pids))
+
+
+def test_in_a_notebook(model_path):
+    """A cell is interrupted while ranks compute; the next one goes on with the same ranks."""
+    manager, client = start_new_kernel()
+    try:
+        code = SCRIPT.format(path=str(model_path)).partition("try:")[0]
+        assert execute(client, code)["status"] == "ok"
+        threading.Timer(0.5, manager.interrupt_kernel).start()
+        reply = execute(client, "llm.generate([[1, 2, 3]] * 4, params, use_tqdm=False)\nwhile True: pass")
+        assert reply["ename"] == "KeyboardInterrupt"
+        assert execute(client, "llm.generate('Hi', SamplingParams(max_tokens=4), use_tqdm=False)")["status"] == "ok"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def execute(client, code: str) -> dict:
+    return client.execute_interactive(code, timeout=60, output_hook=lambda message: None)["content"]
+
+
+def test_two_torchrun_nodes(model_path, tmp_path):
+    """Two hosts as far as torchrun knows, one rank each. The first is where the script goes on."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(f"""
+            from nanovllm import LLM, SamplingParams
+            print("starts")
+            llm = LLM({str(model_path)!r}, num_kv_blocks=64, device="cpu", tensor_parallel_size=2)
+            answer = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False)
+            print(answer[0]["token_ids"])
+            llm.close()
+            """))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test"]
+    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", str(script)]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    outputs = [node.communicate(timeout=90) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    expected = generate(LLM(model_path, num_kv_blocks=64, device="cpu"), [[1, 2, 3]])[0]
+    assert sorted(stdout for stdout, _ in outputs) == ["starts\n", f"starts\n{expected}\n"]
