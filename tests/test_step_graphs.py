@@ -85,3 +85,15 @@ def test_a_table_is_changed_where_it_has_changed(replaying):
             known = runner.collector.num_told_blocks[seq.row]
             assert table[:known] == seq.block_table[:known]
     assert (graphs.block_tables[-1] == 60).all()  # the row for padding leads to the dummy block
+
+
+def test_a_trace_tells_which_graph_was_replayed(replaying):
+    llm = replaying(False, num_kv_blocks=60, max_num_batched_tokens=600)
+    with llm.trace() as trace:
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    prefill, decode = trace.steps[:2]
+    assert prefill.num_tokens == 182 and prefill.graph == {"bucket": 184, "padding": 2}  # the rest is shared
+    assert decode.graph == {"bucket": 8, "padding": 1}
+    with llm.trace() as trace:
+        llm.generate([[i % 250 for i in range(7, 600)]], GREEDY, use_tqdm=False)
+    assert [step.graph for step in trace.steps[:2]] == [None, {"bucket": 1, "padding": 0}]

@@ -197,7 +197,7 @@ class LLMEngine:
             finished = self._show(batch, launched.logprobs)
             end = perf_counter()
             times = {"schedule": scheduled - start, **launched.times, "update": end - computed}
-            self._record(batch, [request.seq for request in finished], times)
+            self._record(batch, [request.seq for request in finished], times, launched.graph)
             self._log(batch, end - start)
         return batch, finished
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from nanovllm.config import Config
+from nanovllm.engine.buckets import bucket_of
 from nanovllm.engine.kv_cache import MemoryUse, block_bytes, size_kv_cache
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputCollector, StepInputs
@@ -35,6 +36,9 @@ class LaunchedStep:
         self._token_ids = token_ids  # [num_sampled]
         self.logprobs = logprobs  # place among them -> token id -> log-probability, where a request asked for it
         self.times: dict[str, float] = {}  # seconds for "prepare", "forward" and "sample"
+        self.graph: dict[str, int] | None = (
+            None  # "bucket" and "padding" of the CUDA graph that was replayed, if one was
+        )
         self._arrived: torch.cuda.Event | None = None
         if token_ids.is_cuda:  # a copy of its own, which does not wait for what is launched after it
             self._token_ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
@@ -167,7 +171,9 @@ class ModelRunner:
         """`launch`, once the batch has become numbers. Every rank makes the same call."""
         start = perf_counter()
         self.update_tables(inputs)
-        if self.graphs is not None and len(inputs.input_ids) <= self.graphs.buckets[-1]:
+        num_tokens = len(inputs.input_ids)
+        bucket = None if self.graphs is None else bucket_of(num_tokens)
+        if self.graphs is not None and bucket is not None:
             prepared = perf_counter()
             rows = inputs.rows[inputs.owner]
             hidden_states = self.graphs.replay(inputs.input_ids, inputs.positions, rows)  # [num_tokens, hidden_size]
@@ -182,6 +188,7 @@ class ModelRunner:
         launched = self.sample(inputs, hidden_states)
         sampled = perf_counter()
         launched.times = {"prepare": prepared - start, "forward": computed - prepared, "sample": sampled - computed}
+        launched.graph = None if bucket is None else {"bucket": bucket, "padding": bucket - num_tokens}
         return launched
 
     def update_tables(self, inputs: StepInputs) -> None:

@@ -77,10 +77,11 @@ class RemoteStep:
         self._runner = runner
         self.logprobs: dict[int, dict[int, float]] = {}
         self.times: dict[str, float] = {}
+        self.graph: dict[str, int] | None = None
 
     def tokens(self) -> list[int]:
         """Wait for it, as `LaunchedStep.tokens` does; steps are waited for in the order in which they were launched."""
-        token_ids, self.logprobs, self.times = self._runner.receive()[0]
+        token_ids, self.logprobs, self.times, self.graph = self._runner.receive()[0]
         return token_ids
 
 

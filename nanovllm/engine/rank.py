@@ -49,7 +49,7 @@ def serve(connection: Connection, rank: int, config: Config, path: Path, store: 
             match connection.recv():
                 case ("run", inputs):
                     step = runner.run(inputs)
-                    connection.send((step.tokens(), step.logprobs, step.times) if rank == 0 else None)
+                    connection.send((step.tokens(), step.logprobs, step.times, step.graph) if rank == 0 else None)
                 case ("describe",):
                     connection.send(runner.describe())
     except EOFError:

@@ -48,6 +48,7 @@ class Recorder:
         batch: Batch | None = None,
         finished: list[Sequence] | None = None,
         times: dict[str, float] | None = None,
+        graph: dict[str, int] | None = None,
         error: BaseException | None = None,
     ) -> None:
         """A step is done or has failed, or, without a batch, something happened between two."""
@@ -68,6 +69,7 @@ class Recorder:
                 block_events=events,
                 sampled=sampled,
                 times=times or {},
+                graph=graph,
                 error=str(error) or type(error).__name__ if error else None,
             )
         )
