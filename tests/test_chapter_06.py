@@ -122,6 +122,7 @@ def test_the_opening_picture(monkeypatch):
 
 DERIVED = {
     "60": "minutes",
+    "49152": "rows of the embedding, chapter 01",
     "141": "70.55 billion parameters, chapter 01, 2 bytes each",
     "80": "GB of an H100, chapter 01",
     "900": "NVIDIA's data sheet of the H100 SXM: NVLink, both directions",

@@ -62,8 +62,8 @@ def owner(matrix: Matrix, row: int, column: int, size: int) -> int | None:
     """Whose a number is, of `size` ranks; None if everybody has it."""
     if matrix.cut is None or isinstance(matrix.cut, int):
         return matrix.cut
-    place, length = (row, len(matrix.values)) if matrix.cut == "rows" else (column, matrix.values.size(1))
-    return place * size // length
+    index, length = (row, len(matrix.values)) if matrix.cut == "rows" else (column, matrix.values.size(1))
+    return index * size // length
 
 
 def draw_products(lines: Sequence[Sequence[Matrix | str]], size: int = 3) -> Figure:
@@ -119,7 +119,7 @@ def draw_matrix(ax: Axes, matrix: Matrix, left: float, top: float, size: int) ->
 
 def record_ranks() -> list[dict[str, Any]]:
     """What three ranks of the default model say that they hold."""
-    llm = LLM(dtype="float32", num_kv_blocks=8, tensor_parallel_size=3)
+    llm = LLM(device="cpu", dtype="float32", num_kv_blocks=8, tensor_parallel_size=3)
     told: list[dict[str, Any]] = llm.engine.model_runner.describe()
     llm.close()
     return told
@@ -195,8 +195,8 @@ def draw_messages(sent: Sequence[Sequence[torch.Tensor]]) -> Figure:
                     style: dict[str, Any] = dict(arrowstyle="-|>", mutation_scale=10, color=QUIET, linewidth=0.9)
                     ax.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, zorder=0, **style))
         half = num_steps // 2
-        for start, words in ((0, "reduce-scatter: everybody adds"), (half, "all-gather: everybody copies")):
-            ax.text(start + 0.02, -0.22, words, fontsize=9, va="center", color=INK)
+        for first, words in ((0, "reduce-scatter: everybody adds"), (half, "all-gather: everybody copies")):
+            ax.text(first + 0.02, -0.22, words, fontsize=9, va="center", color=INK)
         ax.axvline(half - 0.1, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
         ax.set(xlim=(-0.9, num_steps), ylim=(size, -0.45))
         ax.set_xticks([step + 0.4 for step in range(num_steps)], [f"step {step}" for step in range(num_steps)])
