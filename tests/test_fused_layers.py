@@ -8,7 +8,7 @@ import torch
 
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.rotary_embedding import rotate
+from nanovllm.layers.rotary_embedding import norm_and_rotate, rotate
 from tests import interpreter
 from tests.conftest import TOLERANCE
 
@@ -38,15 +38,41 @@ def test_rms_norm(shape, dtype):
 
 
 @somewhere
-def test_rms_norm_and_rotation_of_heads_that_lie_inside_a_wider_row():
-    """Queries and keys are views of what one product gave; the kernels must walk over what is between."""
+@every_dtype
+@pytest.mark.parametrize("shape", [(5, 576), (1, 1024), (4, 17)])
+def test_sum_and_rms_norm(shape, dtype):
+    """The sum stays in the residual stream, rounded, and it is the rounded sum that is normalised."""
+    plain = RMSNorm(shape[-1], 1e-5).to(dtype)
+    plain.weight.normal_()
+    x, delta = torch.randn(shape, dtype=dtype), 4 * torch.randn(shape, dtype=dtype)
+    stream = x.clone().to(DEVICE)
+    normed = triton_layers.rms_norm(stream, plain.weight.to(DEVICE), 1e-5, delta.to(DEVICE))
+    check(normed, plain(x, delta))
+    check(stream, x)  # the sum, on both sides
+
+
+@somewhere
+@every_dtype
+@pytest.mark.parametrize("num_queries, num_keys, head_dim", [(4, 2, 32), (16, 8, 128), (9, 3, 64), (5, 1, 80)])
+def test_norm_and_rotate_of_heads_that_lie_inside_a_wider_row(num_queries, num_keys, head_dim, dtype):
+    """Queries and keys are views of what one product gave; the kernel must walk over the values that are between."""
+    num_heads = num_queries + num_keys
+    wide = torch.randn(6, num_heads + num_keys, head_dim, dtype=dtype)
+    q_norm, k_norm = RMSNorm(head_dim, 1e-5).to(dtype), RMSNorm(head_dim, 1e-5).to(dtype)
+    q_norm.weight.normal_(), k_norm.weight.normal_()
+    cos, sin = angles(6, head_dim, dtype)
+    expected = norm_and_rotate(wide[:, :num_heads], q_norm, k_norm, num_queries, cos, sin)
+    weights = (q_norm.weight.to(DEVICE), k_norm.weight.to(DEVICE))
+    qk = wide.to(DEVICE)[:, :num_heads]
+    check(triton_layers.rotate(qk, cos.to(DEVICE), sin.to(DEVICE), num_queries, *weights, 1e-5), expected)
+
+
+@somewhere
+def test_rotation_of_heads_that_lie_inside_a_wider_row():
     wide = torch.randn(6, 8, 32)
-    x, weight = wide[:, 2:7], torch.rand(32)
-    plain = RMSNorm(32, 1e-5)
-    plain.weight.copy_(weight)
-    check(triton_layers.rms_norm(wide.to(DEVICE)[:, 2:7], weight.to(DEVICE), 1e-5), plain(x))
     cos, sin = angles(6, 32, torch.float32)
-    check(triton_layers.rotate(wide.to(DEVICE)[:, 2:7], cos.to(DEVICE), sin.to(DEVICE)), rotate(x, cos, sin))
+    expected = rotate(wide[:, 2:7], cos, sin)
+    check(triton_layers.rotate(wide.to(DEVICE)[:, 2:7], cos.to(DEVICE), sin.to(DEVICE)), expected)
 
 
 @somewhere
@@ -70,6 +96,36 @@ def angles(num_tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Te
 def test_silu_and_mul(size, dtype):
     gate_up = 3 * torch.randn(3, 2 * size, dtype=dtype)
     check(triton_layers.silu_and_mul(gate_up.to(DEVICE)), silu_and_mul(gate_up))
+
+
+@pytest.mark.skipif(interpreter.IS_ON, reason="the interpreter does not compile")
+@pytest.mark.parametrize("capability, dtype", [(75, "*fp16"), (80, "*bf16"), (90, "*bf16"), (90, "*fp32")])
+def test_kernels_compile_for_gpus_that_are_not_here(capability, dtype):
+    """With what is optional and without: the sizes are those of Qwen3-0.6B."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    norm = dict(SIZE=1024, PADDED=1024)
+    rotation = dict(NUM_HEADS=24, NUM_QUERIES=16, PADDED_HEADS=32, HALF=64, PADDED_HALF=64)
+    for kernel, constants in (
+        (triton_layers.rms_norm_kernel, norm),
+        (triton_layers.rms_norm_kernel, norm | {"delta": None}),
+        (triton_layers.rotate_kernel, rotation),
+        (triton_layers.rotate_kernel, rotation | {"q_weight": None, "k_weight": None}),
+        (triton_layers.silu_and_mul_kernel, dict(SIZE=3072)),
+    ):
+        names = kernel.arg_names
+        types = (
+            dict.fromkeys(names, dtype) | {"eps": "fp32", "token_stride": "i32"} | dict.fromkeys(constants, "constexpr")
+        )
+        source = ASTSource(
+            kernel,
+            signature={name: types[name] for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+        )
+        compiled = triton.compile(source, GPUTarget("cuda", capability, 32), dict(enable_fp_fusion=True))
+        assert compiled.metadata.shared <= 4096, "a few sums"
 
 
 # -- The sampler -------------------------------------------------------------------------------------------------------

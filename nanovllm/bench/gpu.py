@@ -20,6 +20,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench.report import Report
+from nanovllm.bench.serving import measure_serving
 from nanovllm.bench.steps import decoding, random_prompt
 from nanovllm.bench.timing import watch_others
 from nanovllm.layers.attention import Attention
@@ -70,7 +71,7 @@ def shared_workload() -> tuple[list[list[int]], list[int]]:
 
 
 def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> None:
-    """The shared benchmark, then steps: with CUDA graphs, without, and with the torch backend."""
+    """The shared benchmark, then steps: with CUDA graphs, without, and with the torch backend; then against a peer."""
     limits = measure_limits(report)
     variants: dict[str, dict[str, Any]] = {
         "": {},
@@ -88,7 +89,10 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
         measure_decode_steps(report, llm, size, name, limits)
         if not name:
             measure_prefill(report, llm, size, limits)
+            measure_first_token(report, llm, size)
         llm.close()
+        del llm
+    measure_serving(report, path, load_format, "bfloat16", size, device="cuda")
 
 
 def measure_limits(report: Report) -> tuple[float, float]:
@@ -174,6 +178,20 @@ def measure_prefill(report: Report, llm: LLM, size: "Size", limits: tuple[float,
     share = 100 * prefill_operations(llm, num_prompts, prompt_len) / seconds / limits[1]
     name = f"prefill, {num_prompts} x {prompt_len} tokens"
     report.add(record(name, llm, share, "% of the product's rate") | {"milliseconds": round(1000 * seconds, 2)} | load)
+
+
+def measure_first_token(report: Report, llm: LLM, size: "Size", prompt_len: int = 128) -> None:
+    """From a prompt to its first token, with nothing else to do, in milliseconds."""
+    report.progress("first token")
+    generator, params = random.Random(2), SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    times = []
+    with watch_others() as load:
+        for _ in range(3 + size.step_rounds):
+            prompt = random_prompt(llm, prompt_len, generator)
+            start = perf_counter()
+            llm.generate([prompt], params, use_tqdm=False)
+            times.append(1000 * (perf_counter() - start))
+    report.add(record(f"first token of {prompt_len}", llm, statistics.median(times[3:]), "ms") | load)
 
 
 def record(measurement: str, llm: LLM, value: float, unit: str) -> dict[str, Any]:

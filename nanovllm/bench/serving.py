@@ -31,6 +31,14 @@ SAME_SETTINGS = {
     "max_num_seqs": "max_requests_per_batch",
 }
 
+# How many times as fast as each peer we must be at least.
+BARS = {
+    "cpu": {"generate": 2.5, "generate_batch": 4.0, "sharing": 4.0},
+    "cuda": {"generate": 1.0, "generate_batch": 1.0, "sharing": 1.0},
+}
+
+GPU_BLOCKS = 8192  # of the KV cache on a GPU, where the engine would else leave no memory for its peer
+
 PATIENCE = 120.0  # seconds after which nobody runs again
 
 Tokens = list[list[int]]
@@ -108,7 +116,10 @@ class Generate:
         padding = [longest - len(prompt) for prompt in prompts]
         input_ids = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts)])
         mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()
-        tokens = self.model.generate(input_ids, attention_mask=mask, max_new_tokens=max(output_lens))[:, longest:]
+        device, max_new_tokens = self.model.device, max(output_lens)
+        tokens = self.model.generate(
+            input_ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens
+        )[:, longest:]
         return [row[:n] for row, n in zip(tokens.tolist(), output_lens)]
 
 
@@ -149,14 +160,18 @@ def load_peer(path: Path, load_format: str, dtype: str) -> Any:
     return model.eval()
 
 
-def measure_serving(report: Report, path: Path, load_format: str, dtype: str, size: "Size") -> None:
+def measure_serving(
+    report: Report, path: Path, load_format: str, dtype: str, size: "Size", device: str = "cpu"
+) -> None:
     """Output tokens per second for requests that have nothing in common, and for some that share a prefix."""
     if not hasattr(transformers, "ContinuousBatchingConfig"):
         report.progress(f"requests are left out: transformers {transformers.__version__} is too old, 5.17 is needed")
         return
     report.progress(f"{dtype}: loading the model, for nanovllm and for transformers")
-    llm = LLM(path, load_format=load_format, dtype=dtype, device="cpu", num_kv_blocks=size.num_kv_blocks)
-    config, peer = llm.engine.config, load_peer(path, load_format, dtype)
+    num_kv_blocks = size.num_kv_blocks or (None if device == "cpu" else GPU_BLOCKS)
+    llm = LLM(path, load_format=load_format, dtype=dtype, device=device, num_kv_blocks=num_kv_blocks)
+    config, peer = llm.engine.config, load_peer(path, load_format, dtype).to(device)
+    bars = BARS[device]
     own_settings = {name: getattr(config, name) for name in SAME_SETTINGS}
     # The same cache and the same budget for both. What is a block here is a page there.
     peer_settings = {theirs: own_settings[ours] for ours, theirs in SAME_SETTINGS.items()}
@@ -172,12 +187,12 @@ def measure_serving(report: Report, path: Path, load_format: str, dtype: str, si
     work = Workload.make(size.num_requests, 0, llm.engine.vocab_size, size)
     sides = {"nanovllm": engine, "generate": generate, "generate_batch": generate_batch}
     name = f"{size.num_requests} requests"
-    compare(report, name, dtype, sides, work, {"generate": 2.5, "generate_batch": 4.0}, settings, size.serving_rounds)
+    compare(report, name, dtype, sides, work, bars, settings, size.serving_rounds)
 
     work = Workload.make(size.num_sharing, size.prefix_len, llm.engine.vocab_size, size)
     sides = {"nanovllm": engine, "generate": generate}
     name = f"{size.num_sharing} requests that share {size.prefix_len} tokens"
-    compare(report, name, dtype, sides, work, {"generate": 4.0}, settings, size.serving_rounds)
+    compare(report, name, dtype, sides, work, bars | {"generate": bars["sharing"]}, settings, size.serving_rounds)
     llm.close()
 
 

@@ -32,7 +32,7 @@ class Report:
     """A rank's last word, or that there was none."""
 
     rank: int
-    when: float  # by a clock that all processes share
+    when: float  # seconds by the wall clock, which hosts more or less share
     text: str
     is_users: bool = False  # the mistake: a ValueError that speaks for itself
 
@@ -55,7 +55,7 @@ def serve(connection: Connection, rank: int, config: Config, path: Path, store: 
     except EOFError:
         return 0
     except Exception as error:
-        when = time.monotonic()
+        when = time.time()
         if runner is None and isinstance(error, ValueError):  # of a checkpoint or a setting, not ours
             report = Report(rank, when, str(error), is_users=True)
         else:

@@ -21,10 +21,15 @@ class RMSNorm(nn.Module):
         self.inverse_root_size = torch.tensor(size**-0.5, dtype=torch.float32, device="cpu")
         self.root_eps = torch.tensor(eps**0.5, dtype=torch.float32, device="cpu")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` is `[..., size]`; returns the same shape and dtype."""
+    def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` is `[..., size]`; returns the same shape and dtype. A `delta` of that shape is first added to `x`, in place.
+
+        A sum and the norm of it read and write the residual stream once on a GPU, in one kernel instead of two.
+        """
         if x.is_cuda and (fused := fused_layers()):
-            return fused.rms_norm(x, self.weight, self.eps)
+            return fused.rms_norm(x, self.weight, self.eps, delta)
+        if delta is not None:
+            x += delta
         row = x.float()  # x itself if it is float32 already, so nothing below may be done in place on it
         length = torch.linalg.vector_norm(row, dim=-1, keepdim=True)  # [..., 1]
         rms = torch.hypot(length.mul_(self.inverse_root_size), self.root_eps)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from nanovllm.kernels import fused_layers
+from nanovllm.layers.layernorm import RMSNorm
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -43,6 +44,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     if x.is_cuda and (fused := fused_layers()):
         return fused.rotate(x, cos, sin)
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
+
+
+def norm_and_rotate(
+    qk: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm, num_queries: int, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Normalise every head, then rotate it: queries and keys of models with QK norm (Henry et al. 2020, "Query-Key
+    Normalization for Transformers").
+
+    `qk` is `[num_tokens, num_queries + num_keys, head_dim]`; so is what it returns. On a GPU all of it is one kernel.
+    """
+    if qk.is_cuda and (fused := fused_layers()):
+        return fused.rotate(qk, cos, sin, num_queries, q_norm.weight, k_norm.weight, q_norm.eps)
+    q, k = qk[:, :num_queries], qk[:, num_queries:]
+    return rotate(torch.cat((q_norm(q), k_norm(k)), dim=1), cos, sin)
 
 
 def rope_settings(hf_config: PretrainedConfig) -> dict[str, Any]:

@@ -55,10 +55,15 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config, ranks)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Adds to `x`, `[num_tokens, hidden_size]`, in place: what attention says, then the feed-forward network."""
-        x += self.self_attn(self.input_layernorm(x), cos, sin)
-        x += self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """`x`, `[num_tokens, hidden_size]`, is the residual stream, `delta` what the layer before has to add to it.
+
+        Returns what this one has to add. Each norm adds first, in place, because on a GPU that is one kernel with it.
+        """
+        delta = self.self_attn(self.input_layernorm(x, delta), cos, sin)
+        return self.mlp(self.post_attention_layernorm(x, delta))
 
 
 class LlamaModel(nn.Module):
@@ -72,9 +77,10 @@ class LlamaModel(nn.Module):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         x = self.embed_tokens(input_ids)  # [num_tokens, hidden_size], the residual stream that every layer adds to
         cos, sin = self.rotary_emb(positions, x.dtype)
+        delta = None
         for layer in self.layers:
-            layer(x, cos, sin)
-        return self.norm(x)
+            delta = layer(x, delta, cos, sin)
+        return self.norm(x, delta)
 
 
 class LlamaForCausalLM(nn.Module):

@@ -9,7 +9,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, rotate
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, norm_and_rotate
 from nanovllm.utils.ranks import Ranks
 
 
@@ -32,8 +32,9 @@ class Qwen3Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
-        q, k, v = heads.split_with_sizes([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        qk, v = heads.split_with_sizes([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        qk = norm_and_rotate(qk, self.q_norm, self.k_norm, self.num_heads, cos, sin)
+        q, k = qk.split_with_sizes([self.num_heads, self.num_kv_heads], dim=1)
         return self.o_proj(self.attn(q, k, v))
 
 
@@ -57,10 +58,15 @@ class Qwen3DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config, ranks)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Adds to `x`, `[num_tokens, hidden_size]`, in place: what attention says, then the feed-forward network."""
-        x += self.self_attn(self.input_layernorm(x), cos, sin)
-        x += self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """`x`, `[num_tokens, hidden_size]`, is the residual stream, `delta` what the layer before has to add to it.
+
+        Returns what this one has to add. Each norm adds first, in place, because on a GPU that is one kernel with it.
+        """
+        delta = self.self_attn(self.input_layernorm(x, delta), cos, sin)
+        return self.mlp(self.post_attention_layernorm(x, delta))
 
 
 class Qwen3Model(nn.Module):
@@ -74,9 +80,10 @@ class Qwen3Model(nn.Module):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         x = self.embed_tokens(input_ids)  # [num_tokens, hidden_size], the residual stream that every layer adds to
         cos, sin = self.rotary_emb(positions, x.dtype)
+        delta = None
         for layer in self.layers:
-            layer(x, cos, sin)
-        return self.norm(x)
+            delta = layer(x, delta, cos, sin)
+        return self.norm(x, delta)
 
 
 class Qwen3ForCausalLM(nn.Module):

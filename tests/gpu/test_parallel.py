@@ -1,0 +1,45 @@
+"""Several GPUs answer as one does, through NCCL, with CUDA graphs and without."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+PROMPTS = [[(7 * i + n) % 250 for i in range(n)] for n in (1, 3, 40, 90, 17, 64)]
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_two_gpus_answer_as_one(tiny_qwen3_path, enforce_eager):
+    settings = dict(dtype="float32", device="cuda", num_kv_blocks=100, enforce_eager=enforce_eager)
+    one, two = LLM(tiny_qwen3_path, **settings), LLM(tiny_qwen3_path, tensor_parallel_size=2, **settings)
+    answers = [[a["token_ids"] for a in llm.generate(PROMPTS, GREEDY, use_tqdm=False)] for llm in (one, two)]
+    assert answers[0] == answers[1]
+    assert [rank["device"] for rank in two.engine.model_runner.describe()] == ["cuda:0", "cuda:1"]
+    two.close()
+
+
+def test_the_cache_is_as_large_as_the_smaller_one(tiny_qwen3_path):
+    taken = torch.empty(8 << 30, dtype=torch.uint8, device="cuda:1")
+    llm = LLM(tiny_qwen3_path, tensor_parallel_size=2, device="cuda", gpu_memory_utilization=0.5, enforce_eager=True)
+    caches = [rank["kv_cache"] for rank in llm.engine.model_runner.describe()]
+    assert caches[0] == caches[1] and llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    llm.close()
+    del taken
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_inside_a_step(tiny_qwen3_path, rank):
+    """NCCL waits for it for ever: the parent must not."""
+    llm = LLM(tiny_qwen3_path, tensor_parallel_size=2, device="cuda", num_kv_blocks=200)
+    processes = llm.engine.model_runner.processes
+    threading.Timer(0.5, os.kill, [processes[rank].pid, signal.SIGKILL]).start()
+    with pytest.raises(RuntimeError, match=f"rank {rank} of 2 was killed by SIGKILL"):
+        llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), use_tqdm=False)
+    assert all(process.poll() is not None for process in processes)
