@@ -20,7 +20,8 @@ class Config:
         load_format: "auto" reads the checkpoint; "dummy" makes random weights, for benchmarks.
         dtype: "auto" is float32 on a CPU; on a GPU the checkpoint's, float16 below compute capability 8.0.
         device: "auto" is "cuda" if there is a GPU, else "cpu".
-        attention_backend: "torch", "triton" (GPUs), or "auto", which is triton on a GPU where it works, else torch.
+        attention_backend: "torch", "triton" (GPUs), "flash_attn" (GPUs from 8.0 on, with the package and blocks of 256), or
+            "auto", which is triton on a GPU where it works, else torch.
         tensor_parallel_size: how many ranks share the model, each a process with a GPU, or on a CPU some of its cores.
         enforce_eager: no CUDA graphs and no compilation, for stepping through. There are none on a CPU anyway.
 
@@ -62,7 +63,7 @@ class Config:
             raise TypeError(f"model must be a folder, a repository id or None, not {self.model!r}")
         check_choice("load_format", self.load_format, ["auto", "dummy"])
         check_choice("dtype", self.dtype, ["auto", "float32", "bfloat16", "float16"])
-        check_choice("attention_backend", self.attention_backend, ["auto", "torch", "triton"])
+        check_choice("attention_backend", self.attention_backend, ["auto", "torch", "triton", "flash_attn"])
         if not isinstance(self.device, str):
             raise TypeError(f"device must be a string such as 'auto', 'cpu' or 'cuda', not {self.device!r}")
         check_bool("enforce_eager", self.enforce_eager)

@@ -1,12 +1,16 @@
 """Every attention backend against plain attention in float64, on every device that it runs on.
 
 Triton's kernels run on a CPU in Triton's interpreter, if the environment says so when they are imported. So this file
-runs itself once more, in a process of its own, for that backend alone.
+runs itself once more, in a process of its own, for that backend alone. FlashAttention's do not run on a CPU at all: there
+`tests/flash_stand_in.py` takes their place. What is tested then is not them, but what the backend tells them.
 """
 
+import importlib.util
 import itertools
 import random
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,16 +20,26 @@ from nanovllm.kernels.check import check, choose_backend
 from nanovllm.kernels.torch_attention import MAX_PADDING, group_by_length
 from nanovllm.layers.attention import Attention
 from nanovllm.utils.context import use_context
-from tests import interpreter
+from tests import flash_stand_in, interpreter
 from tests.conftest import TOLERANCE
 from tests.paged import make_context, slots_of
 
 if interpreter.IS_ON:
     WHERE = [("triton", "cpu")]
 else:
-    WHERE = [("torch", "cpu")] + [("torch", "cuda"), ("triton", "cuda")] * torch.cuda.is_available()
+    WHERE = [("torch", "cpu"), ("flash_attn", "cpu")]
+    if torch.cuda.is_available():
+        WHERE += [("torch", "cuda"), ("triton", "cuda")]
+        if importlib.util.find_spec("flash_attn") and torch.cuda.get_device_capability() >= (8, 0):
+            WHERE += [("flash_attn", "cuda")]
 on_every_backend = pytest.mark.parametrize("backend, device", WHERE)
 pytestmark = pytest.mark.usefixtures("seeded")
+
+
+def module_of(backend: str, device: str) -> ModuleType:
+    if (backend, device) == ("flash_attn", "cpu"):
+        return flash_stand_in.backend()
+    return get_backend(backend, device)
 
 
 def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -44,7 +58,7 @@ def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 def check_attention(
     query_lens: list[int],
     context_lens: list[int],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     block_size: int = 16,
     num_heads: int = 4,
     num_kv_heads: int = 2,
@@ -55,9 +69,15 @@ def check_attention(
 ) -> None:
     """Run a step through the attention layer and compare each sequence with dense attention.
 
+    The dtype is float32 unless it is given, for FlashAttention float16, and its blocks are rounded up to what it takes.
     Blocks are scattered at random. All slots that hold no token are NaN, those of block 0 always. Sequences begin with
     `num_shared` blocks that are the same; if nobody has computed them yet, the longest prefill does, in this very step.
     """
+    if backend == "flash_attn":
+        if dtype == torch.float32 or head_dim % 8:
+            pytest.skip("FlashAttention refuses it")
+        block_size = -(-block_size // 256) * 256
+    dtype = dtype or (torch.float16 if backend == "flash_attn" else torch.float32)
     tables, keys, values = [], [], []
     num_blocks = sum(-(-n // block_size) for n in context_lens) + 5
     free = (1 + torch.randperm(num_blocks - 1)).tolist()
@@ -71,7 +91,7 @@ def check_attention(
         values.append(value)
     query = torch.randn(sum(query_lens), num_heads, head_dim, dtype=dtype, device=device)
 
-    module = get_backend(backend, device)
+    module = module_of(backend, device)
     kv_cache = module.allocate(2, num_blocks, block_size, num_kv_heads, head_dim, dtype, device)
     assert kv_cache.shape == (2, 2, num_blocks + 1, block_size, num_kv_heads, head_dim)
     kv_cache.fill_(float("nan"))
@@ -140,7 +160,7 @@ def test_lengths_around_the_ends_of_blocks_tiles_and_splits(backend, device):
 @on_every_backend
 def test_a_context_of_more_pieces_than_there_may_be(backend, device, monkeypatch):
     if backend == "triton":
-        monkeypatch.setattr(get_backend(backend, device), "SPLIT_SIZE", 64)  # 16 pieces hold 1,024 tokens
+        monkeypatch.setattr(module_of(backend, device), "SPLIT_SIZE", 64)  # 16 pieces hold 1,024 tokens
     check_attention([1] * 4, [1024, 1025, 1500, 70], num_heads=2, num_kv_heads=1, backend=backend, device=device)
 
 
@@ -163,7 +183,16 @@ def test_long_contexts(block_size, dtype, backend, device):
 @on_every_backend
 def test_blocks_that_are_shared_with_a_sequence_of_the_same_step(backend, device):
     """Two decodes and a prefill begin with the two blocks that the last sequence computes only now."""
-    check_attention([1, 1, 5, 40], [33, 50, 41, 40], num_shared=2, backend=backend, device=device)
+    size = 256 if backend == "flash_attn" else 16
+    query_lens, context_lens = [1, 1, 5, 2 * size + 8], [2 * size + n for n in (1, 18, 9, 8)]
+    check_attention(query_lens, context_lens, block_size=size, num_shared=2, backend=backend, device=device)
+
+
+@pytest.mark.skipif(interpreter.IS_ON, reason="too slow in an interpreter")
+@on_every_backend
+def test_chunks_and_decodes_around_the_ends_of_large_blocks(backend, device):
+    query_lens, context_lens = [1, 1, 1, 1, 2, 7, 300, 600], [255, 256, 257, 1025, 257, 512, 513, 600]
+    check_attention(query_lens, context_lens, block_size=256, backend=backend, device=device)
 
 
 @on_every_backend
@@ -171,7 +200,9 @@ def test_a_sequence_gets_the_same_numbers_alone_and_in_a_crowd(backend, device):
     """Its sums are made in the same order, whoever else is in the batch: equal to the last bit. Torch pads to the longest."""
     if backend == "torch":
         pytest.skip("padded to the longest of its group")
-    module, lens, size = get_backend(backend, device), [700, 20, 1300], 16
+    if backend == "flash_attn":
+        pytest.skip("it splits contexts as the batch leaves the GPU room")
+    module, lens, size = module_of(backend, device), [700, 20, 1300], 16
     tables = torch.randperm(250)[:246].view(3, 82).tolist()
     k_cache, v_cache = torch.randn(2, 251, size, 2, 64, device=device)
     query = torch.randn(3, 4, 64, device=device)
@@ -188,7 +219,8 @@ def test_a_sequence_gets_the_same_numbers_alone_and_in_a_crowd(backend, device):
 
 @on_every_backend
 def test_the_check_at_start_up_passes(backend, device):
-    check(get_backend(backend, device), 4, 2, 32, 16, torch.float32, device)
+    block_size, dtype = (256, torch.float16) if backend == "flash_attn" else (16, torch.float32)
+    check(module_of(backend, device), 4, 2, 32, block_size, dtype, device)
 
 
 # -- The torch backend alone -------------------------------------------------------------------------------------------
@@ -216,7 +248,9 @@ def test_decodes_are_grouped_by_length():
 
 
 def test_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="attention_backend must be one of 'torch', 'triton', not 'flsh'"):
+    with pytest.raises(
+        ValueError, match="attention_backend must be one of 'torch', 'triton', 'flash_attn', not 'flsh'"
+    ):
         get_backend("flsh")
 
 
@@ -226,6 +260,40 @@ def test_triton_on_a_cpu_is_refused():
         ValueError, match="'triton' needs an NVIDIA GPU; on a CPU use 'torch', or .* TRITON_INTERPRET=1"
     ):
         get_backend("triton", "cpu")
+
+
+FITS = dict(device="cuda", dtype=torch.bfloat16, block_size=512, head_dim=128)
+
+
+@pytest.mark.parametrize(
+    "differently, message",
+    [
+        ({"device": "cpu"}, "needs an NVIDIA GPU; on a CPU use 'torch'"),
+        ({"capability": (7, 5)}, r"compute capability 8.0 \(Ampere\) or more, and this one has 7.5; use 'triton'"),
+        ({"dtype": torch.float32}, "needs 16-bit numbers, not float32; say dtype='bfloat16', or use 'triton'"),
+        ({"block_size": 16}, "needs blocks of 256 tokens, not 16; say block_size=256, or use 'triton'"),
+        ({"block_size": 384}, "needs blocks of 256 tokens, not 384"),
+        ({"head_dim": 264}, "at most 256 numbers, in multiples of 8; this model's have 264; use 'triton'"),
+        ({"head_dim": 44}, "in multiples of 8; this model's have 44"),
+        ({}, r"cannot be imported here: .*flash_attn.*; install flash-attn 2 as docs/api.md says, .*, or use 'triton'"),
+    ],
+)
+def test_what_flash_attention_cannot_do_is_refused(differently, message, monkeypatch):
+    settings = FITS | differently
+    capability = settings.pop("capability", (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not to be imported, whether or not it is installed
+    monkeypatch.delitem(sys.modules, "nanovllm.kernels.flash_attention", raising=False)
+    with pytest.raises(ValueError, match=f"attention_backend='flash_attn' .*{message}"):
+        get_backend("flash_attn", **settings)
+
+
+def test_flash_attention_is_taken_where_it_fits(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    with patch.dict(sys.modules, flash_attn=flash_stand_in):
+        sys.modules.pop("nanovllm.kernels.flash_attention", None)
+        module = choose_backend("flash_attn", 16, 8, 128, 256, torch.float16, torch.device("cuda"))
+    assert module.flash_attn_varlen_func is flash_stand_in.flash_attn_varlen_func
 
 
 def test_auto_is_torch_on_a_cpu():

@@ -428,6 +428,7 @@ def test_bad_request(llm, case):
         ({"dtype": torch.float32}, TypeError, "dtype must be one of"),
         ({"load_format": "pt"}, ValueError, "load_format must be one of 'auto', 'dummy'"),
         ({"attention_backend": "tritonn"}, ValueError, "attention_backend must be one of"),
+        ({"attention_backend": "flash_attn", "device": "cpu"}, ValueError, "needs an NVIDIA GPU; on a CPU use 'torch'"),
         ({"device": "gpu"}, ValueError, "device 'gpu' is not"),
         ({"device": "meta"}, ValueError, "device 'meta' is not supported"),
         ({"enforce_eager": "no"}, TypeError, "enforce_eager must be True or False"),
@@ -439,6 +440,15 @@ def test_bad_request(llm, case):
 def test_bad_setting(model_path, settings, error, message):
     with pytest.raises(error, match=message):
         LLM(model_path, **settings)
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_the_weights_are_read(model_path, monkeypatch):
+    def build_model(*args: object) -> None:
+        raise AssertionError("the weights are being read")
+
+    monkeypatch.setattr("nanovllm.engine.model_runner.build_model", build_model)
+    with pytest.raises(ValueError, match="attention_backend='flash_attn' needs an NVIDIA GPU"):
+        LLM(model_path, attention_backend="flash_attn", device="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -30,7 +30,9 @@ def test_environment_yml_agrees_with_pyproject():
 def test_every_import_of_the_package_is_declared():
     """Nothing that merely happens to be installed is used."""
     modules = {"huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
-    declared = {re.split(r"[^\w-]", d)[0].replace("_", "-") for d in pyproject()["project"]["dependencies"]}
+    project = pyproject()["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["flash"]
+    declared = {re.split(r"[^\w-]", d)[0].replace("_", "-") for d in declared}
     local = {"nanovllm"}
     used = set()
     for path in (ROOT / "nanovllm").rglob("*.py"):
@@ -40,6 +42,17 @@ def test_every_import_of_the_package_is_declared():
     third_party -= {"IPython", "nbclient", "nbformat", "jupyter_server", "traitlets"}
     missing = {name for name in third_party if modules.get(name, name).replace("_", "-") not in declared}
     assert not missing
+
+
+def test_one_file_alone_imports_flash_attention():
+    """The package is an extra, and hard to install: nothing else may come to need it."""
+    files = [
+        path
+        for path in (ROOT / "nanovllm").rglob("*.py")
+        if re.search(r"import flash_attn|flash_attn import", path.read_text())
+    ]
+    assert [path.name for path in files] == ["flash_attention.py"]
+    assert not [d for d in pyproject()["project"]["optional-dependencies"]["dev"] if "flash" in d]
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

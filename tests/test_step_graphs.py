@@ -10,6 +10,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.overlap import Overlap
+from tests import flash_stand_in
 
 cuda_graphs = pytest.importorskip("nanovllm.engine.cuda_graphs")
 
@@ -56,6 +57,24 @@ def test_the_same_tokens(replaying, model_path, overlaps, budget):
     llm = replaying(overlaps, num_kv_blocks=14, max_num_batched_tokens=budget, max_num_seqs=5)
     assert [a["token_ids"] for a in llm.generate(PROMPTS, GREEDY, use_tqdm=False)] == expected
     assert len(llm.engine.block_manager.free) == 14
+
+
+LONG = [[i % 250 for i in range(start, start + n)] for start, n in ((0, 600), (0, 530), (3, 255), (8, 1), (9, 300))]
+
+
+@pytest.mark.parametrize("has_graphs", [True, False])
+@pytest.mark.parametrize("budget", [40, 700])  # chunks beside decodes; prompts that share their first two blocks
+def test_the_flash_attention_backend_gives_the_same_tokens(replaying, model_path, monkeypatch, has_graphs, budget):
+    """Its wiring, over a stand-in that takes float32, too, so that tokens can be compared."""
+    plain = LLM(model_path, dtype="float32", device="cpu")
+    expected = [a["token_ids"] for a in plain.generate(LONG, GREEDY, use_tqdm=False)]
+    monkeypatch.setattr(flash_stand_in, "DTYPES", (torch.float32,))
+    monkeypatch.setattr("nanovllm.engine.model_runner.choose_backend", lambda *args: flash_stand_in.backend())
+    settings = dict(block_size=256, num_kv_blocks=9, max_num_batched_tokens=budget, max_num_seqs=4)
+    llm = replaying(False, **settings) if has_graphs else LLM(model_path, dtype="float32", device="cpu", **settings)
+    if has_graphs and budget == 40:  # all rows are decodes: no chunk may be planned, which reads a number from the GPU
+        monkeypatch.setattr(flash_stand_in.backend(), "flash_attn_varlen_func", None)
+    assert [a["token_ids"] for a in llm.generate(LONG, GREEDY, use_tqdm=False)] == expected
 
 
 def test_padding_writes_to_the_dummy_block_alone(replaying):

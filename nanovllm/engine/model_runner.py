@@ -15,6 +15,7 @@ from nanovllm.engine.buckets import bucket_of
 from nanovllm.engine.kv_cache import MemoryUse, block_bytes, size_kv_cache
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputCollector, StepInputs
+from nanovllm.kernels import fused_layers, get_backend, torch_attention
 from nanovllm.kernels.check import choose_backend
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import SamplingBatch, random_bits, sample, top_logprobs, uniform_numbers
@@ -66,6 +67,8 @@ class ModelRunner:
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.dtype = resolve_dtype(config.dtype, hf_config, self.device)
         self.block_size = config.block_size
+        if config.attention_backend != "auto":  # one that cannot run here is refused before the weights are read
+            get_backend(config.attention_backend, self.device, self.dtype, self.block_size)
         self.model = build_model(hf_config, path, self.dtype, self.device, config.load_format, self.ranks)
         self.collector = InputCollector(config.max_num_seqs)
 
@@ -82,8 +85,9 @@ class ModelRunner:
         attention = [module for module in self.model.modules() if isinstance(module, Attention)]
         heads = (attention[0].num_heads, attention[0].num_kv_heads, attention[0].head_dim)
         backend = choose_backend(config.attention_backend, *heads, config.block_size, self.dtype, self.device)
-        self.has_sampling_kernel = self.device.type == "cuda" and backend.__name__.endswith("triton_attention")
-        has_graphs = self.has_sampling_kernel and not config.enforce_eager
+        self.has_sampling_kernel = self.device.type == "cuda" and fused_layers() is not None  # Triton works here
+        # The torch backend plans with numbers that it reads back from the GPU, which a graph cannot.
+        has_graphs = self.has_sampling_kernel and backend is not torch_attention and not config.enforce_eager
 
         shape = (config.block_size, *heads[1:])
         self.bytes_per_block = block_bytes(len(attention), *shape, self.dtype)

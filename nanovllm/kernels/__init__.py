@@ -18,11 +18,24 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"torch": "nanovllm.kernels.torch_attention", "triton": "nanovllm.kernels.triton_attention"}
+BACKENDS = {
+    "torch": "nanovllm.kernels.torch_attention",
+    "triton": "nanovllm.kernels.triton_attention",
+    "flash_attn": "nanovllm.kernels.flash_attention",
+}
 
 
-def get_backend(name: str, device: torch.device | str = "cpu") -> ModuleType:
-    """The attention backend called `name`. ValueError if there is none, or it does not run on `device`."""
+def get_backend(
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    block_size: int | None = None,
+    head_dim: int | None = None,
+) -> ModuleType:
+    """The attention backend called `name`. ValueError if there is none, or it does not run on `device` or with the rest.
+
+    What is None is not known yet, and not looked at.
+    """
     if name not in BACKENDS:
         raise ValueError(f"attention_backend must be one of {', '.join(map(repr, BACKENDS))}, not {name!r}")
     if name == "triton" and torch.device(device).type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -30,10 +43,41 @@ def get_backend(name: str, device: torch.device | str = "cpu") -> ModuleType:
             "attention_backend='triton' needs an NVIDIA GPU; on a CPU use 'torch', or start Python with the environment "
             "variable TRITON_INTERPRET=1, which runs the kernels line by line, and slowly"
         )
+    if name == "flash_attn":
+        refuse_flash_attention(torch.device(device), dtype, block_size, head_dim)
     try:
         return import_module(BACKENDS[name])
     except ImportError as error:
-        raise ValueError(f"attention_backend={name!r} cannot be imported here: {error}; use 'torch'") from error
+        instead = FLASH_INSTEAD if name == "flash_attn" else "use 'torch'"
+        raise ValueError(f"attention_backend={name!r} cannot be imported here: {error}; {instead}") from error
+
+
+FLASH_INSTEAD = (
+    "install flash-attn 2 as docs/api.md says, 'pip install --no-build-isolation -e \".[flash]\"', or use 'triton'"
+)
+
+
+def refuse_flash_attention(
+    device: torch.device, dtype: torch.dtype | None, block_size: int | None, head_dim: int | None
+) -> None:
+    """ValueError for what FlashAttention 2 cannot do; it would say so itself, in the middle of the first step."""
+    needs = "attention_backend='flash_attn' needs"
+    if device.type != "cuda":
+        raise ValueError(f"{needs} an NVIDIA GPU; on a CPU use 'torch'")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise ValueError(
+            f"{needs} a GPU of compute capability 8.0 (Ampere) or more, and this one has {capability[0]}.{capability[1]}; "
+            "use 'triton'"
+        )
+    if dtype == torch.float32:
+        raise ValueError(f"{needs} 16-bit numbers, not float32; say dtype='bfloat16', or use 'triton'")
+    if block_size is not None and block_size % 256:
+        raise ValueError(f"{needs} blocks of 256 tokens, not {block_size}; say block_size=256, or use 'triton'")
+    if head_dim is not None and (head_dim > 256 or head_dim % 8):
+        raise ValueError(
+            f"{needs} heads of at most 256 numbers, in multiples of 8; this model's have {head_dim}; use 'triton'"
+        )
 
 
 @cache

@@ -20,9 +20,13 @@ def choose_backend(
     dtype: torch.dtype,
     device: torch.device,
 ) -> ModuleType:
-    """The backend that a setting means: "auto" is triton on a GPU where its kernels work, and torch everywhere else."""
+    """The backend that a setting means: "auto" is triton on a GPU where its kernels work, and torch everywhere else.
+
+    It is never flash_attn: FlashAttention 3 was no faster at decodes when it was measured (`docs/performance.md`), and
+    blocks of 256 tokens keep the beginnings of short prompts out of the prefix cache.
+    """
     if name != "auto":
-        return get_backend(name, device)
+        return get_backend(name, device, dtype, block_size, head_dim)
     if device.type == "cuda":
         try:
             triton = get_backend("triton", device)
