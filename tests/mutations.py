@@ -196,6 +196,49 @@ FAULTS = [
         '"padding": bucket - num_tokens',
         '"padding": bucket',
     ),
+    # -- Several ranks -------------------------------------------------------------------------------------------------
+    Fault(
+        "kv-heads-in-turn",
+        "where there are fewer KV heads than ranks, they are dealt out in turn, and not to those whose queries read them",
+        "utils/ranks.py",
+        "first = self.rank * count // self.size",
+        "first = self.rank % count if count < self.size else self.rank * count // self.size",
+    ),
+    Fault(
+        "values-of-rank-0",
+        "every rank reads rank 0's part of v_proj from the checkpoint",
+        "utils/loader.py",
+        "destination, start=share.start * width)",
+        'destination, start=share.start * width * (part != "v_proj"))',
+    ),
+    Fault(
+        "vocabulary-offset-forgotten",
+        "each rank looks a token up as if its part of the vocabulary began at 0",
+        "layers/embed_head.py",
+        "rows = input_ids - self.tokens.start",
+        "rows = input_ids",
+    ),
+    Fault(
+        "partial-sums-not-added",
+        "after a row-parallel product each rank goes on with its own partial sum",
+        "layers/linear.py",
+        "y = self.ranks.all_reduce(self.product(x, None))",
+        "y = self.product(x, None)",
+    ),
+    Fault(
+        "logits-from-the-last-rank-on",
+        "the ranks' logits are put side by side in the wrong order",
+        "utils/ranks.py",
+        "return torch.cat(parts, dim=-1)",
+        "return torch.cat(parts[::-1], dim=-1)",
+    ),
+    Fault(
+        "traffic-in-numbers",
+        "what ranks exchange is counted in numbers and called bytes",
+        "utils/ranks.py",
+        "self.bytes += x.nbytes",
+        "self.bytes += x.numel()",
+    ),
     # -- Counting, text and record -------------------------------------------------------------------------------------
     Fault(
         "values-not-counted",

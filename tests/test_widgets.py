@@ -158,7 +158,7 @@ def test_an_exported_page_needs_no_network(tmp_path, small):
 
 
 def test_names_are_imported_when_asked_for():
-    names = {"CacheMap", "Timeline", "Player", "Stepper", "Explorer", "Reading", "export_html"}
+    names = {"CacheMap", "Timeline", "Player", "Stepper", "Explorer", "Reading", "RankMap", "export_html"}
     assert callable(viz.Stepper) and callable(viz.Reading) and set(viz.__all__) == names
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         viz.Nothing

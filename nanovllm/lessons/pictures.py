@@ -12,6 +12,7 @@ from nanovllm.lessons.chapter_02 import draw_memory
 from nanovllm.lessons.chapter_03 import draw_shared
 from nanovllm.lessons.chapter_04 import draw_batching
 from nanovllm.lessons.chapter_05 import draw_queue
+from nanovllm.lessons.chapter_06 import draw_layer
 from nanovllm.lessons.example import PROMPTS
 from nanovllm.viz.theme import EMPTY, INK, QUIET, colour, hatch, ink_on, new_figure, png, styled
 
@@ -29,6 +30,7 @@ def draw_all(folder: Path) -> None:
     (folder / "03_shared.png").write_bytes(png(draw_shared()))
     (folder / "04_slots.png").write_bytes(png(draw_batching()))
     (folder / "05_queue.png").write_bytes(png(draw_queue()))
+    (folder / "06_layer.png").write_bytes(png(draw_layer()))
 
 
 # -- Four requests, one at a time and together -------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Pictures of a running engine: as characters, as a figure, and live.
 
-from nanovllm.viz import CacheMap, Explorer, Player, Reading, Stepper, Timeline, export_html
+from nanovllm.viz import CacheMap, Explorer, Player, RankMap, Reading, Stepper, Timeline, export_html
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ EXPORTS = {
     "Stepper": "stepper",
     "Explorer": "explorer",
     "Reading": "readings",
+    "RankMap": "rank_map",
     "export_html": "export",
 }
 __all__ = list(EXPORTS)

@@ -9,6 +9,7 @@ from nanovllm.viz.explorer import Explorer
 from nanovllm.viz.frames import Frames
 from nanovllm.viz.live import STATIC
 from nanovllm.viz.pack import pack
+from nanovllm.viz.rank_map import TITLE, RankMap
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -36,14 +37,16 @@ mount(document.getElementById("player"), {{ view: "{view}", index: {index}, data
 
 
 def export_html(
-    shown: Trace | Frames | Explorer, path: str | Path, step: int | None = None, view: str = "Player"
+    shown: Trace | Frames | Explorer | RankMap, path: str | Path, step: int | None = None, view: str = "Player"
 ) -> None:
-    """Write one HTML file that opens anywhere: an explorer, or a run as a `Player`, a `CacheMap` or a `Timeline`.
+    """Write one HTML file that opens anywhere: an explorer, a rank map, or a run as a `Player`, a `CacheMap` or a `Timeline`.
 
     `step` is the step of the run to begin with; by default the one with most blocks in use.
     """
     if isinstance(shown, Explorer):
         view, index, data, title, about = "Explorer", shown.index, shown.data, shown.readings.title, ""
+    elif isinstance(shown, RankMap):
+        view, index, data, title, about = "RankMap", shown.index, shown.data, TITLE, ""
     else:
         frames = shown if isinstance(shown, Frames) else Frames(shown)
         index, data, title = frames.index_of(step), pack(frames), repr(frames.trace)

@@ -1198,8 +1198,8 @@ class Explorer {
   }
 
   draw() {
-    const { controls, combinations, segments } = this.data;
-    const { sentence, bars, alt } = combinations[this.index];
+    const { controls, combinations } = this.data;
+    const { sentence, alt } = combinations[this.index];
     this.controls.forEach(({ input, shown }, i) => {
       const value = controls[i].values[this.places[i]];
       input.value = String(this.places[i]);
@@ -1208,6 +1208,12 @@ class Explorer {
     });
     this.sentence.textContent = sentence;
     this.chart.setAttribute("aria-label", alt);
+    this.drawChart(combinations[this.index]);
+    this.root.dataset.index = String(this.index);
+  }
+
+  drawChart({ bars }) {
+    const { segments } = this.data;
     bars.forEach(([, parts, total, over], i) => {
       const drawn = parts.map(([label, start, end, number]) => {
         const { look, hatch } = segments.find((segment) => segment.label === label);
@@ -1221,11 +1227,50 @@ class Explorer {
       this.bars[i].classList.toggle("nanovllm-over", Boolean(over));
       this.bars[i].replaceChildren(...drawn, words);
     });
-    this.root.dataset.index = String(this.index);
   }
 
   remove() {
     this.root.remove();
+  }
+}
+
+// -- Which rank holds which slice -------------------------------------------------------------------------------------
+
+/** Controls and a sentence as an explorer has them; the tensors of a model as boxes, in the ranks' colours. */
+class RankMap extends Explorer {
+  buildChart() {
+    this.chart = make("div", { class: "nanovllm-tensors", role: "img" });
+    return make("div", { class: "nanovllm-wide" }, this.chart);
+  }
+
+  buildLegend() {
+    const items = this.data.ranks.map(({ look, hatch }, rank) =>
+      make("span", {}, make("i", { class: `nanovllm-hatch-${hatch}`, style: dyed(look) }), `rank ${rank}`));
+    const copied = make("span", {}, make("i", { class: "nanovllm-copied" }), "a copy on each rank named");
+    return make("div", { class: "nanovllm-legend nanovllm-swatches" }, ...items, copied);
+  }
+
+  drawChart({ scene, rank }) {
+    const [boxes, height] = this.data.scenes[scene];
+    const { width } = this.data;
+    this.chart.style.aspectRatio = `${width} / ${height}`;
+    const place = (left, top, wide, high, [w, h]) =>
+      `left: ${(100 * left) / w}%; top: ${(100 * top) / h}%; width: ${(100 * wide) / w}%; height: ${(100 * high) / h}%`;
+    this.chart.replaceChildren(...boxes.flatMap(([name, shape, left, top, wide, high, stretched, regions]) => {
+      const words = make(
+        "div", { class: "nanovllm-tensor-name", style: place(left, top - 30, wide, 28, [width, height]) },
+        make("b", {}, name), make("span", {}, stretched ? `${shape}, drawn wider` : shape));
+      const slices = regions.map(([from, above, to, below, ranks]) => {
+        const style = place(from, above, to - from, below - above, [1, 1]);
+        const { look, hatch } = this.data.ranks[ranks[0]];
+        const kind = ranks.length > 1 ? "nanovllm-copied" : `nanovllm-hatch-${hatch}`;
+        const pale = rank !== null && !ranks.includes(rank) ? " nanovllm-pale" : "";
+        const colours = ranks.length > 1 ? "" : `; ${dyed(look)}`;
+        const text = pale ? "" : make("span", {}, ranks.join(" "));
+        return make("div", { class: `nanovllm-slice ${kind}${pale}`, style: style + colours }, text);
+      });
+      return [words, make("div", { class: "nanovllm-tensor", style: place(left, top, wide, high, [width, height]) }, ...slices)];
+    }));
   }
 }
 
@@ -1243,18 +1288,20 @@ function make(tag, attributes, ...children) {
 
 // -- Into the page ----------------------------------------------------------------------------------------------------
 
-/** What a view shows: a recording, or an explorer's combinations. `bytes` came from Python, packed. */
+const CHOOSERS = { Explorer, RankMap }; // they know all that there is to choose; the others play a recording
+
+/** What a view shows: a recording, or all combinations of some choices. `bytes` came from Python, packed. */
 async function unpack(bytes, view) {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   const data = await new Response(stream).json();
-  return view === "Explorer" ? data : new Recording(data);
+  return view in CHOOSERS ? data : new Recording(data);
 }
 
 function showIn(element, shown, { view, index }) {
-  return view === "Explorer" ? new Explorer(element, shown, { index }) : new Player(element, shown, { view, index });
+  return view in CHOOSERS ? new CHOOSERS[view](element, shown, { index }) : new Player(element, shown, { view, index });
 }
 
-/** Show a packed run, or a packed explorer, in `element`. @returns {Promise<Player | Explorer>} */
+/** Show a packed run, or packed combinations, in `element`. @returns {Promise<Player | Explorer>} */
 export async function mount(element, { data, view, index }) {
   return showIn(element, await unpack(data, view), { view, index });
 }
