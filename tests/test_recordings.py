@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from nanovllm import LLM
 from nanovllm.lessons import chapter_05, record
 from nanovllm.lessons.device import Device
 from nanovllm.lessons.launches import Event, Launches, draw_launches, from_profiler, short, told
+from nanovllm.lessons.tiny import TINY
 
 
 def event(cat: str, name: str, ts: float, dur: float) -> dict:
@@ -125,6 +128,42 @@ def test_a_gpu_records_afresh(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(record.MADE_BY, "05_decode_step", lambda: {"fresh": True})
     assert record.recording("05_decode_step") == {"fresh": True}
+
+
+def test_the_recorder_runs_through_on_a_tape(tmp_path, monkeypatch):
+    """The real one but for the GPU: a tiny model, tapes in the place of CUDA graphs, no profiler."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    small = dict(device="cpu", dtype="float32", num_kv_blocks=64, max_num_batched_tokens=32, max_num_seqs=4)
+    sizes = dict(SETTINGS=small, BATCH_SIZES=(1, 2), DRAWN=(1,), CONTEXT_LEN=8, ROUNDS=1, PREFILL=(2, 8))
+
+    def make(path, **settings):
+        llm = LLM(path, **settings)
+        if not settings.get("enforce_eager"):
+            chapter_05.capture_graphs(llm)
+        return llm
+
+    def profiled(work):
+        work()
+        return from_profiler(EXPORTED)
+
+    changed = sizes | dict(LLM=make, profiled=profiled, qwen3_folder=lambda: nullcontext(tmp_path))
+    for name, value in changed.items():
+        monkeypatch.setattr(record, name, value)
+    monkeypatch.setattr(record, "RECORDINGS", tmp_path)
+    with chapter_05.in_the_place_of_cuda_graphs(chapter_05.Recorder):
+        made = record.decode_step()
+    assert made["timelines"].keys() == {"eager, batch 1", "graph, batch 1"}
+    assert made["seconds"]["eager"].keys() == {"1", "2", "prefill"} and made["seconds"]["graph"].keys() == {"1", "2"}
+    assert made["graphs"]["count"] == 7 + 3 and made["graphs"]["seconds"] > 0
+    assert json.loads(record.write("05_decode_step", made).read_text()) == made
+    assert "10 graphs" in "\n".join(chapter_05.lines_of(made))
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_what_is_profiled_without_a_gpu_is_empty(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    run = record.profiled(lambda: torch.ones(3) + 1)
+    assert run.launches == [] and run.kernels == []
 
 
 def test_a_recording_is_shown(capsys):

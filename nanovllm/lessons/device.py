@@ -12,6 +12,7 @@ a GPU but that: it is there so that a reader without one can watch a queue run e
 import os
 import pickle
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -161,6 +162,7 @@ def compute(memory: dict[str, torch.Tensor], call: Call, is_new: bool = False) -
 @torch.inference_mode()
 def serve() -> None:
     """What the second process does until its queue is closed. Its clock is that of the first: the machine's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a notebook's stop button is for the notebook
     torch.set_num_threads(1)
     if HAS_CORES:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
