@@ -13,7 +13,7 @@ from nanovllm.viz.theme import EMPTY, INK, QUIET, new_figure, styled
 
 LAUNCH, KERNEL = "#E69F00", "#0072B2"
 EDGED = 0.004  # of the axis: what is wider has white edges
-NARROWEST = 0.0006  # of the axis: what is shorter is drawn so wide, or it would not be seen
+NARROWEST = 0.001  # of the axis: what is shorter is drawn so wide, or it would not be seen
 
 # What a driver is called for when something is put into a GPU's queue, and what runs there.
 RUNTIME = {"cuda_runtime", "cuda_driver"}
@@ -114,7 +114,7 @@ def draw_launches(runs: Mapping[str, Launches], device: str = "GPU") -> Figure:
             draw_lane(ax, 1, run.launches, LAUNCH, factor, longest)
             draw_lane(ax, 0, run.kernels, KERNEL, factor, longest)
             ax.axvline(factor * run.seconds, color=INK, linewidth=1, linestyle=":")
-            ax.set_xlim(-0.005 * factor * longest, 1.01 * factor * longest)
+            ax.set_xlim(-0.012 * factor * longest, 1.01 * factor * longest)
             ax.set_ylim(-0.5, 1.5)
             ax.set_yticks([1, 0], ["Python launches", f"{device} computes"], fontsize=9)
             ax.tick_params(axis="y", length=0)
