@@ -13,7 +13,8 @@ from nanovllm.viz.theme import EMPTY, INK, QUIET, new_figure, styled
 
 LAUNCH, KERNEL = "#E69F00", "#0072B2"
 EDGED = 0.004  # of the axis: what is wider has white edges
-NARROWEST = 0.001  # of the axis: what is shorter is drawn so wide, or it would not be seen
+NARROWEST = 0.0006  # of the axis: what is shorter is drawn so wide, or it would not be seen
+LONELY = 0.003  # the same, in a lane with a few events only
 
 # What a driver is called for when something is put into a GPU's queue, and what runs there.
 RUNTIME = {"cuda_runtime", "cuda_driver"}
@@ -132,10 +133,11 @@ def told(run: Launches) -> str:
 def draw_lane(ax: Axes, row: int, events: list[Event], colour: str, factor: float, longest: float) -> None:
     """A box for each event, as wide as it is long; the ground shows where nothing happens."""
     end = factor * longest
+    narrowest = end * (LONELY if len(events) < 10 else NARROWEST)
     ax.add_patch(Rectangle((0, row - 0.33), end, 0.66, facecolor=EMPTY, edgecolor="none"))
     for narrow in (True, False):
         boxes = [
-            Rectangle((factor * e.start, row - 0.33), max(factor * e.seconds, NARROWEST * end), 0.66)
+            Rectangle((factor * e.start, row - 0.33), max(factor * e.seconds, narrowest), 0.66)
             for e in events
             if (e.seconds < EDGED * longest) == narrow
         ]
