@@ -22,6 +22,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.config import Config
+from nanovllm.engine import kv_cache
+from nanovllm.engine.kv_cache import size_kv_cache
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parallel import ParallelRunner, check_shares
 from nanovllm.models import get_model_class
 from nanovllm.utils.loader import init_dummy, pieces_of
@@ -322,6 +326,57 @@ def test_two_engines_at_once(llm, model_path):
     assert generate(llm, [[1, 2, 3]]) == answers[llm], "it does not miss the other"
 
 
+def test_close_waits_for_nobody_and_is_not_cut_short(llm):
+    """Neither for a rank that hangs, nor because a forked process still has our ends of the pipes; an interrupt comes after."""
+    runner = llm.engine.model_runner
+    first, last = runner.processes
+    os.kill(last.pid, signal.SIGSTOP)
+    kill = first.kill
+    first.kill = lambda: (kill(), signal.raise_signal(signal.SIGINT))
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        llm.close()
+    assert time.monotonic() - start < 2
+    assert not any(psutil.pid_exists(process.pid) for process in runner.processes)
+    assert all(log.closed for log in runner.logs)
+
+
+def test_an_interrupt_while_ranks_are_started_leaves_none(model_path, monkeypatch):
+    start_process, pids = subprocess.Popen, []
+
+    def start_and_interrupt(*args, **kwargs):
+        process = start_process(*args, **kwargs)
+        pids.append(process.pid)
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        LLM(model_path, num_kv_blocks=8, device="cpu", tensor_parallel_size=2)
+    assert not any(map(psutil.pid_exists, pids))
+
+
+def test_a_scheduler_that_fails_leaves_no_rank(model_path, monkeypatch):
+    """Not even while somebody holds the error, as a notebook does until the next one."""
+    closed = []
+    monkeypatch.setattr(ModelRunner, "close", lambda self: closed.append(self))
+
+    def fail(config, block_manager):
+        raise TypeError("of the user's")
+
+    with pytest.raises(TypeError, match="of the user's"):
+        LLM(model_path, num_kv_blocks=8, device="cpu", scheduler=fail)
+    assert len(closed) == 1
+
+
+def test_ranks_on_a_cpu_share_its_memory(monkeypatch):
+    monkeypatch.setattr(kv_cache, "free_memory", lambda device: 2000)
+    config = Config(num_kv_blocks=9, tensor_parallel_size=2)
+    assert size_kv_cache(config, 100, torch.device("cpu")) == 9
+    with pytest.raises(ValueError, match="needs 0.00 GB"):
+        size_kv_cache(config, 101, torch.device("cpu"))
+
+
 def test_deleted_without_close(model_path):
     llm = LLM(model_path, num_kv_blocks=8, device="cpu", tensor_parallel_size=2)
     pids = [process.pid for process in llm.engine.model_runner.processes]
@@ -350,10 +405,18 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def script(model_path, tmp_path):
-    """A script without a `__main__` guard that generates for ever, in a process group of its own."""
-    path = tmp_path / "script.py"
+    """A script without a `__main__` guard that generates for ever, in a process group of its own.
+
+    It is called from a folder with a file that is named like a module, which is none of its ranks' business.
+    """
+    path, here = tmp_path / "script.py", tmp_path / "here"
     path.write_text(SCRIPT.format(path=str(model_path)))
-    process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    here.mkdir()
+    if sys.version_info >= (3, 11):  # before, `python -m` always looked there
+        (here / "random.py").write_text("raise ImportError('found in the current folder')")
+    process = subprocess.Popen(
+        [sys.executable, path], stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=here
+    )
     yield process
     process.kill()
     process.communicate()
@@ -405,6 +468,10 @@ def test_two_torchrun_nodes(model_path, tmp_path):
             answer = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False)
             print(answer[0]["token_ids"])
             llm.close()
+            try:
+                LLM({str(model_path)!r}, num_kv_blocks=64, device="cpu", tensor_parallel_size=2)
+            except RuntimeError as error:
+                print(error)
             """))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -416,7 +483,12 @@ def test_two_torchrun_nodes(model_path, tmp_path):
         subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         for _ in range(2)
     ]
-    outputs = [node.communicate(timeout=90) for node in nodes]
+    try:
+        outputs = [node.communicate(timeout=90) for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()
     assert [node.returncode for node in nodes] == [0, 0], outputs
     expected = generate(LLM(model_path, num_kv_blocks=64, device="cpu"), [[1, 2, 3]])[0]
-    assert sorted(stdout for stdout, _ in outputs) == ["starts\n", f"starts\n{expected}\n"]
+    refusal = "under torchrun a script makes one LLM: the other ranks ended with the first"
+    assert sorted(stdout for stdout, _ in outputs) == ["starts\n", f"starts\n{expected}\n{refusal}\n"]

@@ -47,6 +47,8 @@ def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device, re
     `reserved` bytes of the free memory are for something else. Raises ValueError if they do not fit in the device's free memory, or are too few for `max_model_len`.
     """
     free = free_memory(device) - reserved
+    if device.type == "cpu":
+        free //= config.tensor_parallel_size  # its ranks have one memory
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
     elif config.kv_cache_memory is not None:

@@ -84,7 +84,11 @@ class LLMEngine:
         if config.max_model_len is None:
             config.max_model_len = min(longest, config.num_kv_blocks * config.block_size)
         self.block_manager = BlockManager(config.num_kv_blocks, config.block_size, config.enable_prefix_caching)
-        self.scheduler = (config.scheduler or Scheduler)(config, self.block_manager)
+        try:
+            self.scheduler = (config.scheduler or Scheduler)(config, self.block_manager)
+        except BaseException:  # ranks would live for as long as somebody holds the error, as a notebook does
+            self.model_runner.close()
+            raise
         self.requests: dict[int, Request] = {}  # those that are not finished
         self.recorders: list[Recorder] = []  # one for each open trace
         self.num_steps = 0

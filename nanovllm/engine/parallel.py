@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -31,7 +31,6 @@ from nanovllm.engine.torchrun import accept, connect, is_torchrun
 from nanovllm.utils.interrupts import interrupts_deferred
 
 PATIENCE = 1.0  # seconds to hear what the other ranks have to say when one has failed
-TIME_TO_END = 5.0  # seconds that a rank has to end by itself
 LOG_TAIL = 2000  # bytes of what a rank has written before it died
 
 
@@ -109,7 +108,7 @@ class ParallelRunner:
         self.processes: list[subprocess.Popen] = []
         self.connections: list[Connection] = []
         self.logs: list[Any] = []  # what the processes have written
-        self._end: weakref.finalize = weakref.finalize(self, end, self.processes, self.connections)
+        self._end: weakref.finalize = weakref.finalize(self, end, self.processes, self.connections, self.logs)
         try:
             with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
                 if is_torchrun():
@@ -127,11 +126,14 @@ class ParallelRunner:
         self.memory: MemoryUse  # of the first rank
         self.num_blocks, self.dtype, self.device_name, self.memory = ready[0]
 
+    @interrupts_deferred()
     def start(self, config: Config, path: Path, store: str | None, num_children: int) -> None:
-        """Start ranks as processes, with as many threads each as this one has for all of them."""
+        """Start ranks as processes, which share as many threads as this one has."""
+        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
-            "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.size)),
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_children)),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONSAFEPATH": "1",  # a `random.py` in the current folder is none of theirs
         }
         if store is not None:  # all on this computer, whatever it is called in whatever network it is in
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -183,7 +185,7 @@ class ParallelRunner:
             self.fail({})
 
     def receive(self) -> list[Any]:
-        """The answers of all ranks to what they have been told; to the oldest of it that they have not answered yet."""
+        """All ranks' answers to the oldest message that they have not answered yet."""
         if self.failure is not None:
             raise RuntimeError(self.failure)
         answers: dict[int, Any] = {}
@@ -194,7 +196,7 @@ class ParallelRunner:
         return [answers[rank] for rank in range(self.size)]
 
     def hear(self, heard: Collection[int], timeout: float | None = None) -> dict[int, Any]:
-        """What some rank says that has not been heard yet, or several; a `Report` if it has failed or died."""
+        """Wait until a rank that is not among `heard` says something, or several do; a `Report` is from one that failed."""
         connections = [connection for rank, connection in enumerate(self.connections) if rank not in heard]
         answers: dict[int, Any] = {}
         for connection in wait(connections, timeout):
@@ -202,6 +204,8 @@ class ParallelRunner:
             try:
                 answers[rank] = connection.recv()  # type: ignore[union-attr, call-arg]
             except (EOFError, OSError):
+                if self.failure is not None:  # another thread has closed this engine
+                    raise RuntimeError(self.failure) from None
                 answers[rank] = Report(rank, -1.0, self.obituary(rank))  # before any error, which it may have caused
         return answers
 
@@ -213,8 +217,6 @@ class ParallelRunner:
         while len(reports) < self.size and (left := deadline - time.monotonic()) > 0:
             reports |= {rank: answer for rank, answer in self.hear(reports, left).items() if isinstance(answer, Report)}
         first = min(reports.values(), key=lambda report: report.when)
-        for process in self.processes:
-            process.kill()
         self.close()
         self.failure = f"rank {first.rank} of {self.size} {first.text}; this engine has ended, make a new LLM"
         raise ValueError(first.text) if first.is_users else RuntimeError(self.failure)
@@ -233,20 +235,18 @@ class ParallelRunner:
         written = log.read().decode(errors="replace").strip()
         return f"{how}; the last that it wrote:\n{written}\n" if written else how
 
+    @interrupts_deferred()
     def close(self) -> None:
         """End all ranks. Twice is fine."""
-        self._end()
         self.failure = self.failure or "this engine has been closed; make a new LLM"
+        self._end()
 
 
-def end(processes: Sequence[subprocess.Popen], connections: Sequence[Connection]) -> None:
-    """Close the pipes, upon which a rank ends; those that have not in time are killed."""
-    for connection in connections:
-        connection.close()
-    deadline = time.monotonic() + TIME_TO_END
+def end(processes: list[subprocess.Popen], connections: list[Connection], logs: list[Any]) -> None:
+    """Close the connections, upon which a rank ends, and kill those of this process: one may hang, and none has to tidy."""
+    for file in [*connections, *logs]:
+        file.close()
     for process in processes:
-        try:
-            process.wait(max(0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+    for process in processes:
+        process.wait()

@@ -34,7 +34,7 @@ class Report:
     rank: int
     when: float  # seconds by the wall clock, which hosts more or less share
     text: str
-    is_users: bool = False  # the mistake: a ValueError that speaks for itself
+    is_users: bool = False  # the user's mistake: a ValueError that speaks for itself
 
 
 def serve(connection: Connection, rank: int, config: Config, path: Path, store: str | None) -> int:

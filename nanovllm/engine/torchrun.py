@@ -24,9 +24,11 @@ def torchrun_store() -> dist.Store:
 
 def accept(size: int) -> list[Connection]:
     """The first process's connections to ranks 1 to `size - 1`, which are told where to call."""
-    key = secrets.token_bytes(32)
+    store, key = torchrun_store(), secrets.token_bytes(32)
+    if store.add("engines", 1) > 1:
+        raise RuntimeError("under torchrun a script makes one LLM: the other ranks ended with the first")
     with Listener(("", 0), authkey=key) as listener:
-        torchrun_store().set("driver", f"{listener.address[1]} {key.hex()}")
+        store.set("driver", f"{listener.address[1]} {key.hex()}")
         connections = [listener.accept() for _ in range(1, size)]
     by_rank = {connection.recv(): connection for connection in connections}
     return [by_rank[rank] for rank in range(1, size)]
