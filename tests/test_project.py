@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+
+from nanovllm.lessons.series import CHAPTERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,3 +129,14 @@ def test_command_chat_ends_at_end_of_input(model_path):
     run = nanovllm_command("chat", "--model", str(model_path))
     assert run.returncode == 0, run.stderr
     assert "ends the conversation" in run.stdout
+
+
+@pytest.mark.parametrize("chapter", [c for c in CHAPTERS if c.path.is_file()], ids=lambda chapter: chapter.name)
+def test_the_readme_shows_every_chapter(chapter):
+    """A row with its first picture, its name and its question."""
+    (row,) = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if f"notebooks/{chapter.name}.ipynb)**" in line
+    ]
+    picture = re.search(r"images/[0-9a-z_]+\.png", nbformat.read(chapter.path, as_version=4).cells[0].source).group()
+    assert f'<img src="notebooks/{picture}"' in row and f"**[{chapter.name[:2]} {chapter.title}]" in row
+    assert chapter.question in row
