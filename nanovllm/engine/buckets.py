@@ -5,8 +5,8 @@ Plain arithmetic, which needs neither torch nor a GPU: the trace and the noteboo
 
 from bisect import bisect_left
 
-# Rounding up costs at most seven rows of padding, which a GPU hardly notices. From 512 tokens on a step takes longer
-# than its launches.
+# Rounding up costs at most seven rows of padding, which a GPU hardly notices. Larger steps are those with long prompts,
+# and come in too many sizes for a graph each.
 BUCKETS = [1, 2, 4, *range(8, 513, 8)]
 
 
