@@ -285,8 +285,9 @@ def draw_padding(runs: dict[str, list[tuple[int, int | None]]]) -> Figure:
     figure = new_figure(9, 1.75 * len(runs) + 0.4)
     with styled():
         axes = figure.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0]
+        top = 1.15 * max(bucket or 1 for steps in runs.values() for _, bucket in steps)  # the same scale for all
         for ax, (title, steps) in zip(axes, runs.items()):
-            draw_steps(ax, steps)
+            draw_steps(ax, steps, top)
             ax.set_title(title, fontsize=10)
             ax.set_ylabel("rows")
         axes[-1].set_xlabel("step")
@@ -300,8 +301,7 @@ def draw_padding(runs: dict[str, list[tuple[int, int | None]]]) -> Figure:
     return figure
 
 
-def draw_steps(ax: Axes, steps: list[tuple[int, int | None]]) -> None:
-    top = 1.15 * max((bucket for _, bucket in steps if bucket is not None), default=1)
+def draw_steps(ax: Axes, steps: list[tuple[int, int | None]], top: float) -> None:
     for i, (num_tokens, bucket) in enumerate(steps):
         if bucket is None:
             ax.add_patch(Rectangle((i, 0), 0.9, top, facecolor="white", edgecolor=QUIET, linewidth=0.6))

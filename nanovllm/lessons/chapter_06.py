@@ -144,11 +144,11 @@ def draw_layer() -> Figure:
                 top, widest = box.top + box.height + 34, max(widest, box.left + box.width - left)
                 lowest = max(lowest, box.top + box.height)
             left += widest
-            words = "attention" if i == 0 else "silu, ·" if i == 2 else ""
+            words = "attention" if i == 0 else "activation" if i == 2 else ""
             draw_step(ax, left, left + gap + 14 * (i % 2), words, is_exchange=i % 2 == 1)
             left += gap + 14 * (i % 2)
         ax.text(0, lowest + 4, "copied to every rank: the two norms, and x", fontsize=9, color=QUIET, va="center")
-        ax.set(xlim=(-4, left + 4), ylim=(lowest + 16, 0), aspect="equal")
+        ax.set(xlim=(-4, left + 12), ylim=(lowest + 16, 0), aspect="equal")
         ax.axis("off")
         handles = [
             Patch(facecolor=look(r)[0], hatch=look(r)[1], edgecolor="white", label=f"rank {r}") for r in range(3)

@@ -13,7 +13,7 @@ from nanovllm.viz.theme import EMPTY, INK, QUIET, new_figure, styled
 
 LAUNCH, KERNEL = "#E69F00", "#0072B2"
 EDGED = 0.004  # of the axis: what is wider has white edges
-NARROWEST = 0.0006  # of the axis: what is shorter is drawn so wide, or it would not be seen
+NARROWEST = 0.0015  # of the axis: what is shorter is drawn so wide, or it would not be seen
 LONELY = 0.003  # the same, in a lane with a few events only
 
 # What a driver is called for when something is put into a GPU's queue, and what runs there.
