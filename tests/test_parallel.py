@@ -391,9 +391,9 @@ import sys
 from nanovllm import LLM, SamplingParams
 
 llm = LLM({path!r}, num_kv_blocks=64, device="cpu", tensor_parallel_size=2)
-print(*[process.pid for process in llm.engine.model_runner.processes], flush=True)
 params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
 try:
+    print(*[process.pid for process in llm.engine.model_runner.processes], flush=True)
     while True:
         llm.generate([[1, 2, 3]], params, use_tqdm=False)
         print("went on", flush=True)
