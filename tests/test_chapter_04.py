@@ -19,7 +19,7 @@ from nanovllm.lessons.chapter_04 import (
 )
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.lessons.tiny import tiny_llm
-from tests.test_notebooks import check_told, read
+from tests.test_notebooks import check_numbers_are_seen, check_told, read
 
 CHAPTER = NOTEBOOKS / "04_scheduling.ipynb"
 
@@ -61,7 +61,6 @@ def test_the_opening_picture_shows_what_its_text_says():
     assert "64 of 136 above, 20 of 92 below" in " ".join(title.split())
 
 
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?<!,)")
 DERIVED = {
     "136": "steps × slots, tested above",
     "408": "400 + 8",
@@ -73,20 +72,8 @@ DERIVED = {
 }
 
 
-def numbers(text: str) -> set[str]:
-    return {number.replace(",", "") for number in NUMBER.findall(text)}
-
-
 def test_the_numbers_of_the_prose_are_seen():
-    """In an output, or in the code that made it. So prose goes stale with a failing test."""
-    cells = read(CHAPTER).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    outputs = [output.get("text") or output.data["text/plain"] for cell in code for output in cell.outputs]
-    shown = numbers("\n".join([*outputs, *(cell.source for cell in code)]))
-    for cell in cells:
-        if cell.cell_type == "markdown" and cell.id != "navigation":
-            prose = re.sub(r"[Cc]hapters?\s\d\d|\b20[12]\d\b|!\[.*?\]|# 04", "", cell.source)
-            assert numbers(prose) - shown - DERIVED.keys() == set(), cell.id
+    check_numbers_are_seen(CHAPTER, re.compile(r"[Cc]hapters?\s\d\d|\b20[12]\d\b|!\[.*?\]|# 04"), DERIVED)
 
 
 # -- Exercises ---------------------------------------------------------------------------------------------------------

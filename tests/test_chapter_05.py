@@ -27,7 +27,7 @@ from nanovllm.lessons.chapter_05 import (
 )
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.lessons.tiny import tiny_llm
-from tests.test_notebooks import check_told, exercises, read
+from tests.test_notebooks import check_numbers_are_seen, check_told, exercises
 
 CHAPTER = NOTEBOOKS / "05_cuda_graphs.ipynb"
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True, seed=0)
@@ -219,7 +219,6 @@ def test_the_solution_of_exercise_4_is_fast_enough_for_the_benchmark():
 
 # -- Figures in the text -----------------------------------------------------------------------------------------------
 
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?<!,)")
 DERIVED = {
     "82": "36.9 ms / 450 launches",
     "5": "1.99 / 36.9",
@@ -245,25 +244,10 @@ DERIVED = {
 }
 
 
-def numbers(text: str) -> set[str]:
-    return {number.replace(",", "") for number in NUMBER.findall(text)}
-
-
 def test_the_numbers_of_the_prose_are_seen():
-    """In an output, in the code that made it, or in docs/performance.md. So prose goes stale with a failing test."""
-    cells = read(CHAPTER).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    outputs = [output.get("text") or output.data["text/plain"] for cell in code for output in cell.outputs]
+    besides = re.compile(r"[Cc]hapters?\s\d\d|\b20[12]\d\b|!\[.*?\]|# 05|```.*?```|^\d\. ", flags=re.S | re.M)
     measured = (NOTEBOOKS.parent / "docs" / "performance.md").read_text()
-    shown = numbers("\n".join([*outputs, *(cell.source for cell in code), measured]))
-    unseen = {}
-    for cell in cells:
-        if cell.cell_type == "markdown" and cell.id != "navigation":
-            prose = re.sub(
-                r"[Cc]hapters?\s\d\d|\b20[12]\d\b|!\[.*?\]|# 05|```.*?```|^\d\. ", "", cell.source, flags=re.S | re.M
-            )
-            unseen[cell.id] = numbers(prose) - shown - DERIVED.keys()
-    assert not any(unseen.values()), {id: found for id, found in unseen.items() if found}
+    check_numbers_are_seen(CHAPTER, besides, DERIVED, measured)
 
 
 def test_derived_numbers():

@@ -23,8 +23,7 @@ from nanovllm.lessons.chapter_06 import (
 )
 from nanovllm.lessons.series import NOTEBOOKS
 from tests.describing import describe
-from tests.test_chapter_04 import numbers
-from tests.test_notebooks import check_told, read, verdict
+from tests.test_notebooks import check_numbers_are_seen, check_told, read, verdict
 from tests.test_rank_map import SMOLLM2
 
 CHAPTER = NOTEBOOKS / "06_tensor_parallelism.ipynb"
@@ -145,17 +144,8 @@ DERIVED = {
 
 
 def test_the_numbers_of_the_prose_are_seen():
-    """In an output, or in the code that made it. So prose goes stale with a failing test."""
-    cells = read(CHAPTER).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    outputs = [output.get("text") or output.data["text/plain"] for cell in code for output in cell.outputs]
-    shown = numbers("\n".join([*outputs, *(cell.source for cell in code)]))
-    for cell in cells:
-        if cell.cell_type == "markdown" and cell.id != "navigation":
-            prose = re.sub(
-                r"[Cc]hapters?\s\d\d(?: and \d\d)?|\b20[012]\d\b|!\[.*?\]|# 06|Llama-3|Qwen2", "", cell.source
-            )
-            assert numbers(prose) - shown - DERIVED.keys() == set(), cell.id
+    besides = re.compile(r"[Cc]hapters?\s\d\d(?: and \d\d)?|\b20[012]\d\b|!\[.*?\]|# 06|Llama-3|Qwen2")
+    check_numbers_are_seen(CHAPTER, besides, DERIVED)
 
 
 def test_what_the_prose_says_of_when_it_pays():

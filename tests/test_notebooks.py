@@ -87,6 +87,25 @@ def check_told(path: Path, number: int, answer: str, words: str) -> None:
     assert repr(result).startswith(f"Exercise {number}: not yet. ") and words in repr(result)
 
 
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?<!,)")
+
+
+def numbers(text: str) -> set[str]:
+    return {number.replace(",", "") for number in NUMBER.findall(text)}
+
+
+def check_numbers_are_seen(path: Path, besides: re.Pattern, derived: dict[str, str], measured: str = "") -> None:
+    """Each number of the prose stands in an output, in the code that made it, or in `measured`; so prose goes stale with
+    a failing test. What matches `besides` is no claim; `derived` are numbers that follow from others, and how."""
+    cells = read(path).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    outputs = [output.get("text") or output.data["text/plain"] for cell in code for output in cell.outputs]
+    shown = numbers("\n".join([*outputs, *(cell.source for cell in code), measured]))
+    prose = {cell.id: besides.sub("", cell.source) for cell in cells if cell.cell_type == "markdown"}
+    unseen = {id: numbers(text) - shown - derived.keys() for id, text in prose.items() if id != "navigation"}
+    assert not any(unseen.values()), {id: found for id, found in unseen.items() if found}
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_three_to_five_exercises(path):
     assert 3 <= len(exercises(path)) <= 5

@@ -108,6 +108,12 @@ def snapshots(page: "sync_api.Page") -> list[dict]:
     return page.evaluate(f"{PLAYER}.recording.frames.map((_, i) => {PLAYER}.recording.snapshot(i))")
 
 
+def send(page: "sync_api.Page", frames: Frames, at: int) -> None:
+    """The frames from `at` on, as a message from the kernel."""
+    message = {"at": at, "frames": [changes(frames, i) for i in range(at, len(frames))]}
+    page.evaluate(APPEND, json.loads(json.dumps(message)))
+
+
 def test_the_browser_has_the_frames_that_python_has(show):
     for seed in range(12):
         trace = random_run(seed)[0].trace
@@ -126,9 +132,8 @@ def test_new_steps_come_as_messages(show):
         run.add(make_sequence("aaaa d", max_tokens=5, id=request))
         run.step()
         run.step()
-        message = {"at": sent - 1, "frames": [changes(frames, i) for i in range(sent - 1, len(frames))]}
+        send(page, frames, sent - 1)
         sent = len(frames)
-        page.evaluate(APPEND, json.loads(json.dumps(message)))
         assert snapshots(page) == [plain(frames, i) for i in range(len(frames))]
 
 
@@ -142,8 +147,7 @@ def test_steps_that_come_while_it_is_hidden(show):
     sent = len(frames)
     run.add(make_sequence("aaaa d", max_tokens=5, id=1))
     run.step()
-    message = {"at": sent - 1, "frames": [changes(frames, i) for i in range(sent - 1, len(frames))]}
-    page.evaluate(APPEND, json.loads(json.dumps(message)))
+    send(page, frames, sent - 1)
     page.evaluate(f"{PLAYER}.root.style.display = ''; {PLAYER}.draw()")
     assert index(page) == len(frames) - 1
     assert page.evaluate(f"{PLAYER}.parts[1].slots.size") == 2  # a row for each request
