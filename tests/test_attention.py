@@ -334,11 +334,11 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, head_dim, is_chu
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nanovllm.kernels.triton_attention import MAX_SPLITS, MIN_ROWS, SPLIT_SIZE, attend_kernel, program_size
+    from nanovllm.kernels.triton_attention import MAX_SPLITS, NUM_STAGES, SPLIT_SIZE, attend_kernel, program_size
 
     dtype, name = (torch.bfloat16, "*bf16") if capability >= 80 else (torch.float16, "*fp16")
-    rows, tile = program_size(head_dim, dtype, divmod(capability, 10))
-    constants = dict(GROUP=2, BLOCK_SIZE=16, ROWS=rows if is_chunk else MIN_ROWS, TILE=tile, SPLIT_SIZE=SPLIT_SIZE)
+    rows, tile, warps = program_size(head_dim, dtype, divmod(capability, 10), is_chunk)
+    constants = dict(GROUP=2, BLOCK_SIZE=16, ROWS=rows, TILE=tile, SPLIT_SIZE=SPLIT_SIZE)
     constants |= dict(MAX_SPLITS=MAX_SPLITS, HEAD_DIM=head_dim, PADDED_DIM=head_dim)
     pointers = dict.fromkeys(("query", "k_cache", "v_cache", "output"), name)
     pointers |= dict.fromkeys(("pieces", "weights"), "*fp32")
@@ -352,7 +352,9 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, head_dim, is_chu
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = dict(num_warps=4, num_stages=3, enable_fp_fusion=True)  # a * b + c rounded once; from 3.10 off by default
+    options = dict(
+        num_warps=warps, num_stages=NUM_STAGES, enable_fp_fusion=True
+    )  # a * b + c rounded once; from 3.10 off by default
     compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
 

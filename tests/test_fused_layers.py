@@ -3,6 +3,7 @@
 On a GPU if there is one, and in Triton's interpreter on a CPU: for that this file runs itself once more.
 """
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,8 @@ from tests.conftest import TOLERANCE
 
 triton_layers = pytest.importorskip("nanovllm.kernels.triton_layers")
 from nanovllm.kernels import triton_sampler
+from nanovllm.layers.sampler import SamplingBatch, random_bits, uniform_numbers
+from nanovllm.layers.sampler import sample as plain_sample
 
 DEVICE = "cpu" if interpreter.IS_ON or not torch.cuda.is_available() else "cuda"
 somewhere = pytest.mark.skipif(DEVICE == "cpu" and not interpreter.IS_ON, reason="needs a GPU, or the interpreter")
@@ -134,8 +137,9 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, dtype):
 NUM_DRAWS = 300 if DEVICE == "cpu" else 20_000  # the interpreter takes some 10 ms for each
 
 
-def sample(logits: torch.Tensor, temperature: list[float], keys: list[int] | range) -> list[int]:
-    tensors = (logits, torch.tensor(temperature, dtype=torch.float32), torch.tensor(list(keys)))
+def sample(logits: torch.Tensor, temperature: list[float], seeds: list[int] | range) -> list[int]:
+    bits = torch.from_numpy(random_bits(list(seeds), [7] * len(seeds)).view(np.int64))
+    tensors = (logits, torch.tensor(temperature, dtype=torch.float32), bits)
     return triton_sampler.sample(*(t.to(DEVICE) for t in tensors)).tolist()
 
 
@@ -174,13 +178,29 @@ def test_a_flat_distribution_is_drawn_flat():
 
 
 @somewhere
-def test_the_same_key_draws_the_same_token_alone_and_in_a_crowd():
+def test_the_same_seed_draws_the_same_token_alone_and_in_a_crowd():
     logits = torch.randn(6, 6000)
-    crowd = sample(logits, [1.0, 0.0, 2.0, 1.0, 0.7, 1.0], [5, -(2**60), 7, 2**62, 9, 5])
+    crowd = sample(logits, [1.0, 0.0, 2.0, 1.0, 0.7, 1.0], [5, 0, 7, 2**62, 9, 5])
     assert [sample(logits[i : i + 1], [t], [k])[0] for i, t, k in ((0, 1.0, 5), (3, 1.0, 2**62), (4, 0.7, 9))] == [
         crowd[i] for i in (0, 3, 4)
     ]
-    assert len({sample(logits[:1], [2.0], [key])[0] for key in range(20)}) > 10
+    assert len({sample(logits[:1], [2.0], [seed])[0] for seed in range(20)}) > 10
+
+
+@somewhere
+@pytest.mark.parametrize("vocab_size", [5, 4096, 4097, 10_000])
+def test_it_throws_the_same_dart_as_the_plain_sampler(vocab_size):
+    """Whole numbers there, floats here: once in a while the dart falls between what the two call the edge of a token."""
+    num_draws = NUM_DRAWS // 4
+    logits = 3 * torch.randn(num_draws, vocab_size)
+    logits[0, -1] = 50
+    temperature = torch.rand(num_draws).clamp(min=0.05).tolist()
+    uniform = uniform_numbers(range(num_draws), [7] * num_draws)
+    nothing = [0] * num_draws, [1.0] * num_draws, [0.0] * num_draws
+    expected = plain_sample(logits, SamplingBatch.from_host(temperature, *nothing, uniform)).tolist()
+    drawn = sample(logits, temperature, range(num_draws))
+    assert drawn[0] == vocab_size - 1
+    assert sum(a == b for a, b in zip(drawn, expected)) > 0.98 * num_draws
 
 
 @somewhere

@@ -4,7 +4,9 @@ Only a GPU's engine overlaps. Here one on a CPU does: what its sequences sampled
 the table on the GPU. With one (tests/gpu) the same happens for real.
 """
 
+import gc
 import random
+import weakref
 
 import pytest
 
@@ -188,3 +190,17 @@ def test_a_step_that_fails(model_path, plain, failing_launch, what):
         answers |= {a["request_id"]: a["token_ids"] for a in llm.step()}
     assert [answers[i] for i in by_hand] == expected
     tidy(llm)
+
+
+def test_an_engine_goes_when_nobody_holds_it(model_path):
+    """At once, not when Python next looks for cycles: that may be while another engine captures graphs, which fails."""
+    llm = LLM(model_path, dtype="float32", device="cpu", num_kv_blocks=40)
+    llm.engine.overlap = Overlap(llm.engine)
+    engine = weakref.ref(llm.engine)
+    gc.collect()
+    gc.disable()
+    try:
+        llm.close()
+        assert engine() is None
+    finally:
+        gc.enable()

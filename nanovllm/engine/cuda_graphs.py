@@ -10,6 +10,7 @@ positions up to its own. So a graph does not care whose tokens they are: decodes
 That works because a layer stores the keys and values of all tokens before any of them attends.
 """
 
+import gc
 import logging
 from time import perf_counter
 
@@ -56,7 +57,7 @@ class StepGraphs:
         self.sample_buckets = buckets_up_to(min(max_num_seqs, self.buckets[-1]))
         largest, most_sampled = self.buckets[-1], self.sample_buckets[-1]
 
-        # What a step writes: ids, positions and rows of its tokens; hidden rows, rows and keys of those it samples.
+        # What a step writes: ids, positions and rows of its tokens; hidden rows, rows and random bits of those it samples.
         self.inputs = torch.zeros(3 * largest, dtype=torch.int64, device=device)
         self.sample_inputs = torch.zeros(3 * most_sampled, dtype=torch.int64, device=device)
         # What changes rarely. The last row is for padding: a block table that leads to the dummy block only.
@@ -76,6 +77,7 @@ class StepGraphs:
     @torch.inference_mode()
     def capture(self, device: torch.device) -> None:
         """Record all graphs, the largest first: the smaller ones then find room in its memory."""
+        gc.collect()  # graphs of an engine that is gone: CUDA does not let them go while it records
         start, free = perf_counter(), torch.cuda.mem_get_info(device)[0]
         todo = [(self.graphs, bucket, self.run_model) for bucket in reversed(self.buckets)]
         todo += [(self.sample_graphs, bucket, self.run_sampler) for bucket in reversed(self.sample_buckets)]
@@ -115,9 +117,9 @@ class StepGraphs:
         """Tokens for some of the hidden states, greedy or by temperature."""
         from nanovllm.kernels.triton_sampler import sample  # it needs Triton; all else here can be read anywhere
 
-        at, rows, keys = self.sample_inputs[: 3 * bucket].view(3, bucket)
+        at, rows, bits = self.sample_inputs[: 3 * bucket].view(3, bucket)
         logits = self.model.compute_logits(self.hidden_states[at])  # type: ignore[operator]
-        self.token_ids[:bucket] = sample(logits, self.temperature[rows], keys)
+        self.token_ids[:bucket] = sample(logits, self.temperature[rows], bits)
         self.remember(rows, self.token_ids[:bucket])
 
     def remember(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
@@ -144,14 +146,14 @@ class StepGraphs:
         """Whether there is a graph to sample so many sequences."""
         return num_sampled <= self.sample_buckets[-1]
 
-    def sample(self, hidden_states: torch.Tensor, at: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> torch.Tensor:
+    def sample(self, hidden_states: torch.Tensor, at: np.ndarray, rows: np.ndarray, bits: np.ndarray) -> torch.Tensor:
         """Tokens for rows `at` of the hidden states, `[num_sampled]`: a copy, which the next replay does not touch."""
         num_sampled = len(at)
         if hidden_states.data_ptr() != self.hidden_states.data_ptr():  # of a step too large for a graph
             self.hidden_states[:num_sampled] = hidden_states[pinned(at).to(hidden_states.device, non_blocking=True)]
             at = np.arange(num_sampled)
         self.run_graph(
-            self.sample_graphs, self.sample_inputs, np.stack([at, rows, keys]), padding=[0, self.padding_row, 0]
+            self.sample_graphs, self.sample_inputs, np.stack([at, rows, bits]), padding=[0, self.padding_row, 0]
         )
         return self.token_ids[:num_sampled].clone()
 

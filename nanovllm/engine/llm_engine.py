@@ -92,8 +92,8 @@ class LLMEngine:
         self.requests: dict[int, Request] = {}  # those that are not finished
         self.recorders: list[Recorder] = []  # one for each open trace
         self.num_steps = 0
-        # For a GPU with CUDA graphs. Tested on a CPU (tests/test_overlap.py), but off until it has run on a GPU, too.
-        self.overlap: Overlap | None = None
+        # With CUDA graphs a step is launched in less time than it takes, and can wait for tokens on the GPU itself.
+        self.overlap = Overlap(self) if self.model_runner.graphs is not None else None
         self._ids = count()
 
     # -- Requests ------------------------------------------------------------------------------------------------------

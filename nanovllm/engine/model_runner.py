@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from nanovllm.config import Config
 from nanovllm.engine.buckets import bucket_of
+from nanovllm.engine.cuda_graphs import StepGraphs, memory_of_graphs, pinned
 from nanovllm.engine.kv_cache import MemoryUse, block_bytes, size_kv_cache
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputCollector, StepInputs
@@ -22,10 +23,6 @@ from nanovllm.layers.sampler import SamplingBatch, random_bits, sample, top_logp
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.loader import build_model, pieces_of
 from nanovllm.utils.ranks import Ranks
-
-if TYPE_CHECKING:  # it needs Triton, so only a GPU's engine imports it
-    from nanovllm.engine.cuda_graphs import StepGraphs
-
 
 NO_LOGPROBS = -1  # in the place of how many a request wants
 
@@ -97,8 +94,6 @@ class ModelRunner:
             self.bind(attention, backend, backend.allocate(len(attention), 0, *shape, self.dtype, self.device))
             self.memory.step = self.measure_step(config)
             if has_graphs:
-                from nanovllm.engine.cuda_graphs import memory_of_graphs
-
                 self.memory.graphs = memory_of_graphs(config.max_num_batched_tokens, config.max_num_seqs)
         reserved = self.memory.step + self.memory.graphs
         num_blocks = size_kv_cache(config, self.bytes_per_block, self.device, reserved)
@@ -143,9 +138,7 @@ class ModelRunner:
         self.choose(self.model.compute_logits(hidden_states[: len(rows)]), rows, rows)  # type: ignore[operator]
         return torch.cuda.max_memory_allocated(self.device) - before
 
-    def capture_graphs(self, config: Config, hf_config: PretrainedConfig) -> "StepGraphs":
-        from nanovllm.engine.cuda_graphs import StepGraphs
-
+    def capture_graphs(self, config: Config, hf_config: PretrainedConfig) -> StepGraphs:
         graphs = StepGraphs(
             self.model,
             self.block_size,
@@ -240,8 +233,8 @@ class ModelRunner:
         (want_logprobs,) = (self.num_logprobs[rows] != NO_LOGPROBS).nonzero()
         is_simple = not self.truncates[rows].any() and not len(want_logprobs)
         if is_simple and self.graphs is not None and self.graphs.samples_at_once(len(rows)):
-            keys = random_bits(self.seed[rows], positions).view(np.int64)
-            return LaunchedStep(self.graphs.sample(hidden_states, last, rows, keys), {})
+            bits = random_bits(self.seed[rows], positions).view(np.int64)
+            return LaunchedStep(self.graphs.sample(hidden_states, last, rows, bits), {})
 
         logits = self.model.compute_logits(hidden_states[self.to_device(last)])  # type: ignore[operator]  # [num_sampled, vocab_size]
         token_ids = self.choose(logits, rows, positions)
@@ -258,16 +251,16 @@ class ModelRunner:
     def choose(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """A token for each row of the logits, by the settings in `rows` of the tables: `[num_sampled]` int64.
 
-        On a GPU the one kernel that reads the logits once takes all rows that it can, whoever else is in the batch, so
-        that a request's random numbers are the same in every batch.
+        On a GPU the kernel that reads the logits once takes all rows that it can, whoever else is in the batch: its sums
+        are rounded otherwise than those of `sample`, and a request must get the same token in every batch.
         """
         uniform = uniform_numbers(self.seed[rows], positions)
         if not self.has_sampling_kernel:
             return sample(logits, SamplingBatch.from_host(*self.settings(rows), uniform, self.device))
         from nanovllm.kernels import triton_sampler
 
-        keys = self.to_device(random_bits(self.seed[rows], positions).view(np.int64))
-        token_ids = triton_sampler.sample(logits, self.to_device(self.temperature[rows]), keys)
+        bits = self.to_device(random_bits(self.seed[rows], positions).view(np.int64))
+        token_ids = triton_sampler.sample(logits, self.to_device(self.temperature[rows]), bits)
         (others,) = self.truncates[rows].nonzero()
         if len(others):
             at, rows = self.to_device(others), rows[others]
@@ -280,7 +273,9 @@ class ModelRunner:
         return self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows]
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return (
+            pinned(array).to(self.device, non_blocking=True) if self.device.type == "cuda" else torch.from_numpy(array)
+        )
 
     # -- What it holds -------------------------------------------------------------------------------------------------
 

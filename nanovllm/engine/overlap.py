@@ -8,6 +8,7 @@ same; NanoFlow, Zhu et al. 2024, has it as asynchronous scheduling.)
 The price: that a sequence is finished is learnt one step late. What was launched for it meanwhile is dropped.
 """
 
+import weakref
 from collections import deque
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ class Overlap:
     """Makes an engine's steps, up to two of them in flight at a time."""
 
     def __init__(self, engine: "LLMEngine") -> None:
-        self.engine = engine
+        self.engine = weakref.proxy(engine)  # no cycle: once nobody holds it, an engine gives its memory back at once
         self.in_flight: deque[tuple[Batch, LaunchedStep]] = deque()  # the oldest first
         self.finished: list[Request] = []  # those that nobody has been told of yet
 

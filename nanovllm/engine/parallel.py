@@ -104,6 +104,9 @@ class ParallelRunner:
                 "lower it, or use device='cpu' or torchrun"
             )
         self.collector: InputCollector = InputCollector(config.max_num_seqs)
+        # The ranks may have some; here none: told of a step before it has answered the last one, a rank whose answer is
+        # longer than a pipe holds would wait for us to read it, and we for it.
+        self.graphs = None
         self.failure: str | None = None
         self.processes: list[subprocess.Popen] = []
         self.connections: list[Connection] = []
