@@ -162,6 +162,7 @@ def attend(
             *(pieces, weights, output, context.context_lens, max_splits),
             PADDED_SPLITS=triton.next_power_of_2(max_splits),
             **sizes,
+            num_warps=1,
         )
     return output
 
