@@ -200,7 +200,9 @@ def attend_kernel(
 ):  # fmt: skip
     """One program: a KV head, a tile of new tokens, a piece of the context."""
     TOKENS: tl.constexpr = ROWS // GROUP  # new tokens in a tile
-    kv_head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # The last tiles go first. A chunk's last tile looks back the furthest, and should not be what the rest waits for: on
+    # an H200 a prompt of 8,192 tokens took 665 instead of 747 us.
+    kv_head, tile, split = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
 
     # Which sequence, and which of its new tokens.
     if tile < num_decodes:
