@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM
-from nanovllm.bench import Size, gpu, run, steps
+from nanovllm.bench import Size, gpu, kernels, run, steps
 from nanovllm.bench.report import Report
 from nanovllm.bench.serving import Workload
 from nanovllm.bench.timing import best_of, stopwatch, watch_others

@@ -1,6 +1,8 @@
 """The benchmarks behind `nanovllm bench`: the engine against the hardware's limit and against its peers.
 
     gpu.py        on a GPU: the benchmark that Nano-vLLM and its family share, and steps against their floors
+    kernels.py    attention, backend by backend, and the sampler, on their own
+    profile.py    where a step's time goes
 
 and, where there is none, on a CPU:
 

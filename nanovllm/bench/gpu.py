@@ -9,7 +9,7 @@ alone is a little faster, so a step may come out slightly below its floor.)
 import json
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.bench.kernels import measure_kernels
+from nanovllm.bench.profile import where_time_goes
 from nanovllm.bench.report import Report
 from nanovllm.bench.serving import measure_serving
 from nanovllm.bench.steps import decoding, random_prompt
-from nanovllm.bench.timing import watch_others
+from nanovllm.bench.timing import seconds_on_gpu, watch_others
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import LMHead
 from nanovllm.layers.linear import Linear
@@ -71,8 +73,9 @@ def shared_workload() -> tuple[list[list[int]], list[int]]:
 
 
 def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> None:
-    """The shared benchmark, then steps: with CUDA graphs, without, and with the torch backend; then against a peer."""
+    """Kernels, the shared benchmark, steps: with CUDA graphs, without, and with the torch backend; then against a peer."""
     limits = measure_limits(report)
+    measure_kernels(report, limits)
     variants: dict[str, dict[str, Any]] = {
         "": {},
         ", eager": {"enforce_eager": True},
@@ -100,27 +103,14 @@ def measure_limits(report: Report) -> tuple[float, float]:
     report.progress("rates of a copy and of a matrix product")
     source = torch.empty(1 << 29, device="cuda")
     target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+    bandwidth = 2 * source.nbytes / seconds_on_gpu(lambda: target.copy_(source))
     del source, target
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    rate = 2 * 8192**3 / seconds_of(lambda: square @ square)
+    rate = 2 * 8192**3 / seconds_on_gpu(lambda: square @ square)
     about = {"dtype": "", "gpu": torch.cuda.get_device_name()}
     report.add(about | {"measurement": "copy, read and written", "value": round(bandwidth / 1e9), "unit": "GB/s"})
     report.add(about | {"measurement": "matrix product, bfloat16", "value": round(rate / 1e12), "unit": "TFLOP/s"})
     return bandwidth, rate
-
-
-def seconds_of(function: Callable[[], Any], repeats: int = 10) -> float:
-    """Median seconds on the GPU, by its own clock."""
-    times = []
-    for _ in range(3 + repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(times[3:])
 
 
 def measure_shared(report: Report, llm: LLM) -> None:
@@ -153,10 +143,11 @@ def measure_decode_steps(
                 start = perf_counter()
                 llm.step()
                 times.append(perf_counter() - start)
+            profile = {} if name else where_time_goes(llm.step)
         milliseconds = 1000 * statistics.median(times)
         floor = 1000 * (weight_bytes(llm) + n * context_len * token_bytes(llm)) / limits[0]
         details = {"floor_ms": round(floor, 3), "times_the_floor": round(milliseconds / floor, 2)}
-        report.add(record(f"decode step{name}, batch {n}", llm, milliseconds, "ms") | details | load)
+        report.add(record(f"decode step{name}, batch {n}", llm, milliseconds, "ms") | details | profile | load)
 
 
 def measure_prefill(report: Report, llm: LLM, size: "Size", limits: tuple[float, float]) -> None:
@@ -165,19 +156,27 @@ def measure_prefill(report: Report, llm: LLM, size: "Size", limits: tuple[float,
     num_prompts, prompt_len = size.gpu_prefill
     report.progress(f"prefill of {num_prompts} x {prompt_len} tokens")
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-    times = []
+
+    def step() -> float:
+        for _ in range(num_prompts):
+            llm.add_request(random_prompt(llm, prompt_len, generator), params)
+        start = perf_counter()
+        while llm.has_unfinished_requests():
+            llm.step()
+        return perf_counter() - start
+
     with watch_others() as load:
-        for _ in range(3 + size.step_rounds):
-            for _ in range(num_prompts):
-                llm.add_request(random_prompt(llm, prompt_len, generator), params)
-            start = perf_counter()
-            while llm.has_unfinished_requests():
-                llm.step()
-            times.append(perf_counter() - start)
+        times = [step() for _ in range(3 + size.step_rounds)]
+        profile = where_time_goes(step)
     seconds = statistics.median(times[3:])
     share = 100 * prefill_operations(llm, num_prompts, prompt_len) / seconds / limits[1]
     name = f"prefill, {num_prompts} x {prompt_len} tokens"
-    report.add(record(name, llm, share, "% of the product's rate") | {"milliseconds": round(1000 * seconds, 2)} | load)
+    report.add(
+        record(name, llm, share, "% of the product's rate")
+        | {"milliseconds": round(1000 * seconds, 2)}
+        | profile
+        | load
+    )
 
 
 def measure_first_token(report: Report, llm: LLM, size: "Size", prompt_len: int = 128) -> None:

@@ -1,12 +1,14 @@
 """How time is taken: the best of several runs in turns, part by part, and with an eye on who else uses the machine."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
 import psutil
+import torch
 
 PATIENCE = 15.0  # seconds after which a comparison ends, once it has made three rounds
 
@@ -25,6 +27,19 @@ def best_of(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
         if i >= 2 and perf_counter() - begin > PATIENCE:
             break
     return best
+
+
+def seconds_on_gpu(function: Callable[[], Any], repeats: int = 10) -> float:
+    """Median seconds on the GPU, by its own clock."""
+    times = []
+    for _ in range(3 + repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return statistics.median(times[3:])
 
 
 @contextmanager
@@ -51,6 +66,19 @@ def stopwatch(parts: list[tuple[str, Any, str]]) -> Iterator[dict[str, float]]:
     finally:
         for _, owner, method in parts:
             delattr(owner, method)
+
+
+def seconds_on_gpu(function: Callable[[], Any], repeats: int = 10) -> float:
+    """Median seconds on the GPU, by its own clock."""
+    times = []
+    for _ in range(3 + repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return statistics.median(times[3:])
 
 
 @contextmanager
