@@ -5,6 +5,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from nanovllm.config import Config
@@ -178,6 +179,7 @@ class LLM:
         if self._engine is not None:
             self._engine.close()
         self._engine = None
+        torch.cuda.empty_cache()  # what PyTorch would keep for our next tensors; without a GPU this does nothing
 
     # -- Shared by the above -------------------------------------------------------------------------------------------
 
@@ -215,9 +217,11 @@ class LLM:
         self._undelivered += [request.output() for request in self.engine.settle()]
 
     def _abort(self, requests: list[Request]) -> None:
+        if self._engine is None:
+            return  # closed meanwhile, and they with it
         for request in requests:
             if not request.seq.is_finished:
-                self.engine.abort(request.seq.id)
+                self._engine.abort(request.seq.id)
 
 
 class Progress:

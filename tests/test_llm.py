@@ -736,3 +736,42 @@ class TestGuideSnippets:
         torch.cuda.reset_peak_memory_stats()
         llm.generate(["Test prompt"], SamplingParams(max_tokens=100))
         assert torch.cuda.max_memory_allocated() > 0
+
+
+# -- What is left of an engine -----------------------------------------------------------------------------------------
+
+
+def keep_trace(llm):
+    with llm.trace() as trace:
+        llm.generate(["Hi"], SamplingParams(max_tokens=3), use_tqdm=False)
+    return trace
+
+
+def keep_open_trace(llm):
+    return llm.trace()
+
+
+def keep_stream(llm):
+    stream = llm.stream("Hi", SamplingParams(max_tokens=30, ignore_eos=True))
+    next(stream)
+    return stream
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("keep", [keep_trace, keep_open_trace, keep_stream])
+def test_a_closed_engine_goes_whatever_is_kept_of_it(model_path, keep):
+    """At once, with weights and KV cache, and not when Python next looks for cycles."""
+    llm = LLM(model_path, dtype="float32", device="cpu", num_kv_blocks=40)
+    engine = weakref.ref(llm.engine)
+    kept = keep(llm)
+    gc.collect()
+    gc.disable()
+    try:
+        llm.close()
+        assert engine() is None
+    finally:
+        gc.enable()
+    if keep is keep_stream:
+        kept.close()  # its request went with the engine
+    else:
+        assert repr(kept).startswith("Trace")

@@ -68,19 +68,6 @@ def stopwatch(parts: list[tuple[str, Any, str]]) -> Iterator[dict[str, float]]:
             delattr(owner, method)
 
 
-def seconds_on_gpu(function: Callable[[], Any], repeats: int = 10) -> float:
-    """Median seconds on the GPU, by its own clock."""
-    times = []
-    for _ in range(3 + repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(times[3:])
-
-
 @contextmanager
 def watch_others() -> Iterator[dict[str, float]]:
     """How many cores other programs kept busy during a `with` block: afterwards "others_cores" in the dict it gives."""

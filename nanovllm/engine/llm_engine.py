@@ -4,6 +4,7 @@ import logging
 import secrets
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import Any
@@ -169,7 +170,9 @@ class LLMEngine:
         self._record()
 
     def close(self) -> None:
-        """End the processes that this engine has started; it can make no more steps. Twice is fine."""
+        """End the processes and the traces that this engine has started; it can make no more steps. Twice is fine."""
+        for recorder in list(self.recorders):
+            recorder.trace.close()
         self.model_runner.close()
 
     # -- Steps ---------------------------------------------------------------------------------------------------------
@@ -260,14 +263,12 @@ class LLMEngine:
         runner = self.model_runner
         dtype = str(runner.dtype).removeprefix("torch.")
         about = environment(torch=torch.__version__, device=runner.device_name, dtype=dtype)
-        recorder = Recorder(self.config, about, self.block_manager, self.scheduler, self._text_of, self._stop_recording)
+        text_of = partial(token_text, self.tokenizer)  # not the engine's: a trace that is kept must not keep the engine
+        recorder = Recorder(self.config, about, self.block_manager, self.scheduler, text_of, self._stop_recording)
         for request in self.requests.values():
             recorder.add(request.seq, request.prompt)
         self.recorders.append(recorder)
         return recorder.trace
-
-    def _text_of(self, token_id: int) -> str:
-        return f"<{token_id}>" if self.tokenizer is None else str(self.tokenizer.decode([token_id]))
 
     def _stop_recording(self, recorder: Recorder) -> None:
         self.recorders.remove(recorder)
@@ -293,3 +294,8 @@ class LLMEngine:
                 *(len(scheduler.running), len(scheduler.waiting), blocks.num_blocks - len(blocks.free)),
                 *(blocks.num_blocks, 1000 * seconds),
             )
+
+
+def token_text(tokenizer: Any, token_id: int) -> str:
+    """A token on its own, as text; its id where there is no tokenizer."""
+    return f"<{token_id}>" if tokenizer is None else str(tokenizer.decode([token_id]))
