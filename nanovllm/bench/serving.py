@@ -5,6 +5,7 @@ longest answer is done. `generate_batch` batches continuously on a paged KV cach
 greedily and ignore the end of the sequence, so that they do the same work; only tokens that were asked for count.
 """
 
+import dataclasses
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 # What the engine's settings are called in transformers' ContinuousBatchingConfig.
 SAME_SETTINGS = {
-    "block_size": "page_size",
+    "block_size": "page_size",  # "block_size" in transformers 5.17
     "num_kv_blocks": "num_blocks",
     "max_num_batched_tokens": "max_batch_tokens",
     "max_num_seqs": "max_requests_per_batch",
@@ -174,7 +175,10 @@ def measure_serving(
     bars = BARS[device]
     own_settings = {name: getattr(config, name) for name in SAME_SETTINGS}
     # The same cache and the same budget for both. What is a block here is a page there.
-    peer_settings = {theirs: own_settings[ours] for ours, theirs in SAME_SETTINGS.items()}
+    known = {field.name for field in dataclasses.fields(transformers.ContinuousBatchingConfig)}
+    peer_settings = {
+        theirs if theirs in known else ours: own_settings[ours] for ours, theirs in SAME_SETTINGS.items()
+    }
     engine = Engine(llm)
     generate = Generate(peer, size.static_batch_size)
     generate_batch = GenerateBatch(peer, peer_settings)
