@@ -220,27 +220,22 @@ def test_the_solution_of_exercise_4_is_fast_enough_for_the_benchmark():
 # -- Figures in the text -----------------------------------------------------------------------------------------------
 
 DERIVED = {
-    "82": "36.9 ms / 450 launches",
-    "5": "1.99 / 36.9",
-    "95": "the rest of it",
-    "16": "450 launches / 28 layers",
-    "0.12": "2.11 - 1.99 ms",
-    "18.5": "36.9 / 1.99",
-    "2.7": "40.3 / 14.86",
+    "49": "17.58 ms / 361 launches",
+    "13": "2.24 / 17.58; 361 launches / 28 layers; 1 · 12 + 1 rows",
+    "1.4": "24.99 / 17.58 ms",
+    "27": "tokens of the prompts A and B, chapter 00",
     "67": "len(BUCKETS)",
     "35": "len(buckets_up_to(256))",
-    "5850": "671 MB / 114,688 bytes",
+    "2850": "327 MB / 114,688 bytes",
     "114688": "chapter 00",
     "10": "CUDA's version",
     "5000": "any large number",
     "50": "minutes to read",
     "22": "26 - 4 operators",
-    "450": "280 + 170 launches",
     "576": "the default model's width, chapter 01",
     "129": "any number above 128",
     "49152": "the default model's vocabulary, chapter 00",
     "14": "2 · 7 rows",
-    "13": "1 · 12 + 1 rows; any number of tokens",
 }
 
 
@@ -251,6 +246,5 @@ def test_the_numbers_of_the_prose_are_seen():
 
 
 def test_derived_numbers():
-    assert round(36.9 / 450 * 1000) == 82 and round(100 * 1.99 / 36.9) == 5 and round(450 / 28) == 16
-    assert round(36.9 / 1.99, 1) == 18.5 and round(40.3 / 14.86, 1) == 2.7 and round(2.11 - 1.99, 2) == 0.12
-    assert len(BUCKETS) == 67 and round(671e6 / 114_688, -1) == 5850
+    assert round(17.58 / 361 * 1000) == 49 and round(100 * 2.24 / 17.58) == 13 and round(361 / 28) == 13
+    assert round(24.99 / 17.58, 1) == 1.4 and len(BUCKETS) == 67 and round(327e6 / 114_688, -1) == 2850

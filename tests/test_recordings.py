@@ -113,7 +113,6 @@ def test_about():
 def test_a_recording_is_written_and_read(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RECORDINGS", tmp_path / "recordings")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert record.recording("05_decode_step") is None
     path = record.write("05_decode_step", made_up())
     assert (
         record.recording("05_decode_step")

@@ -3,8 +3,7 @@
     python -m nanovllm.lessons record 05      on a GPU: writes notebooks/recordings/05_decode_step.json
 
 A recording is JSON. `about` says on what it was made, by which commit, by which command and when; a chapter prints that
-under what it draws. On a GPU a chapter records afresh; elsewhere it plays what is stored; where nothing is stored, it
-says so.
+under what it draws. On a GPU a chapter records afresh; elsewhere it plays what is stored.
 """
 
 import json
@@ -178,9 +177,8 @@ def write(name: str, recording: Recording) -> Path:
     return path
 
 
-def recording(name: str) -> Recording | None:
-    """A fresh recording where there is a GPU; else the stored one; None if there is neither."""
+def recording(name: str) -> Recording:
+    """A fresh recording where there is a GPU, else the stored one."""
     if torch.cuda.is_available():
         return MADE_BY[name]()
-    path = RECORDINGS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads((RECORDINGS / f"{name}.json").read_text())
