@@ -184,11 +184,9 @@ class LLMEngine:
         """
         with interrupts_deferred():
             start = perf_counter()
-            batch = self.scheduler.schedule()
+            batch = self.schedule()
             scheduled = perf_counter()
             if not batch.scheduled:
-                if self.requests and not batch.preempted:
-                    raise RuntimeError(f"{type(self.scheduler).__name__} scheduled nothing, although requests wait")
                 if batch.preempted:
                     self._record(batch)
                 return batch, []
@@ -207,6 +205,13 @@ class LLMEngine:
             self._record(batch, [request.seq for request in finished], times, launched.graph)
             self._log(batch, end - start)
         return batch, finished
+
+    def schedule(self, is_in_flight: bool = False) -> Batch:
+        """Plan a step. RuntimeError if it would never get any further: nothing planned, and nothing in flight to wait for."""
+        batch = self.scheduler.schedule()
+        if self.requests and not (batch.scheduled or batch.preempted or is_in_flight):
+            raise RuntimeError(f"{type(self.scheduler).__name__} scheduled nothing, although requests wait")
+        return batch
 
     def advance(self) -> tuple[Batch, list[Request]]:
         """A step for whoever wants answers: like `step`, but on a GPU, and if nobody records, overlapped with the next."""

@@ -36,15 +36,13 @@ class Overlap:
         """
         start = perf_counter()
         engine, learnt = self.engine, Batch()
-        batch = engine.scheduler.schedule()
+        batch = engine.schedule(is_in_flight=bool(self.in_flight))
         if batch.scheduled:
             try:
                 self.in_flight.append((batch, engine.model_runner.launch(batch)))
             except Exception:
                 self.fail([*(other for other, _ in self.in_flight), batch])
                 raise
-        elif engine.requests and not batch.preempted and not self.in_flight:
-            raise RuntimeError(f"{type(engine.scheduler).__name__} scheduled nothing, although requests wait")
         if len(self.in_flight) > bool(batch.scheduled):
             learnt = self.learn()
             engine._log(learnt, perf_counter() - start)
