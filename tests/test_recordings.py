@@ -158,6 +158,15 @@ def test_the_recorder_runs_through_on_a_tape(tmp_path, monkeypatch):
     assert "10 graphs" in "\n".join(chapter_05.lines_of(made))
 
 
+def test_a_benchmark_is_a_recording(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    monkeypatch.setattr(record, "qwen3_folder", lambda: nullcontext(tmp_path))
+    monkeypatch.setattr(record, "measure_gpu", lambda report, *args: report.add({"measurement": "shared benchmark"}))
+    made = record.benchmark()
+    assert [r["measurement"] for r in made["records"]] == ["environment", "shared benchmark"]
+    assert made["about"]["command"] == "python -m nanovllm.lessons record 07"
+
+
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_what_is_profiled_without_a_gpu_is_empty(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -174,7 +183,7 @@ def test_a_recording_is_shown(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would record")
-@pytest.mark.parametrize(("chapter", "words"), [("05", "torch finds none here"), ("03", "there are 05_decode_step")])
+@pytest.mark.parametrize(("chapter", "words"), [("05", "torch finds none here"), ("03", "there are 05_decode_step, 07_benchmark")])
 def test_the_command_without_a_gpu(chapter, words):
     command = [sys.executable, "-m", "nanovllm.lessons", "record", chapter]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """Recordings: what a chapter shows of a machine that its reader may not have.
 
     python -m nanovllm.lessons record 05      on a GPU: writes notebooks/recordings/05_decode_step.json
+    python -m nanovllm.lessons record 07      and 07_benchmark.json
 
 A recording is JSON. `about` says on what it was made, by which commit, by which command and when; a chapter prints that
 under what it draws. On a GPU a chapter records afresh; elsewhere it plays what is stored.
@@ -23,8 +24,9 @@ from unittest import mock
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.bench.gpu import SETTINGS, qwen3_folder
-from nanovllm.bench.report import git_commit
+from nanovllm.bench import Size
+from nanovllm.bench.gpu import SETTINGS, measure_gpu, qwen3_folder
+from nanovllm.bench.report import Report, environment, git_commit
 from nanovllm.bench.steps import decoding, random_prompt
 from nanovllm.lessons.launches import Launches, from_profiler
 from nanovllm.lessons.series import NOTEBOOKS
@@ -122,9 +124,22 @@ def profiled(work: Callable[[], Any]) -> Launches:
         return from_profiler(json.loads(path.read_text())["traceEvents"])
 
 
+# -- A benchmark -------------------------------------------------------------------------------------------------------
+
+
+def benchmark() -> Recording:
+    """Chapter 07: the records of `nanovllm bench --load-format dummy`."""
+    recording: Recording = {"about": about("07")}
+    report = Report()
+    with qwen3_folder() as path:
+        report.add(environment(path, "dummy"))
+        measure_gpu(report, path, "dummy", Size())
+    return recording | {"records": report.records}
+
+
 # -- All recordings ----------------------------------------------------------------------------------------------------
 
-MADE_BY: dict[str, Callable[[], Recording]] = {"05_decode_step": decode_step}
+MADE_BY: dict[str, Callable[[], Recording]] = {"05_decode_step": decode_step, "07_benchmark": benchmark}
 
 
 def about(chapter: str) -> dict[str, str]:
