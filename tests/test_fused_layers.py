@@ -15,8 +15,9 @@ from tests.conftest import TOLERANCE
 
 triton_layers = pytest.importorskip("nanovllm.kernels.triton_layers")
 from nanovllm.kernels import triton_sampler
-from nanovllm.layers.sampler import SamplingBatch, random_bits, uniform_numbers
+from nanovllm.layers.sampler import SamplingBatch, random_bits
 from nanovllm.layers.sampler import sample as plain_sample
+from nanovllm.layers.sampler import uniform_numbers
 
 DEVICE = "cpu" if interpreter.IS_ON or not torch.cuda.is_available() else "cuda"
 somewhere = pytest.mark.skipif(DEVICE == "cpu" and not interpreter.IS_ON, reason="needs a GPU, or the interpreter")

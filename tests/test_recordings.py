@@ -183,7 +183,9 @@ def test_a_recording_is_shown(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would record")
-@pytest.mark.parametrize(("chapter", "words"), [("05", "torch finds none here"), ("03", "there are 05_decode_step, 07_benchmark")])
+@pytest.mark.parametrize(
+    ("chapter", "words"), [("05", "torch finds none here"), ("03", "there are 05_decode_step, 07_benchmark")]
+)
 def test_the_command_without_a_gpu(chapter, words):
     command = [sys.executable, "-m", "nanovllm.lessons", "record", chapter]
     run = subprocess.run(command, capture_output=True, text=True)

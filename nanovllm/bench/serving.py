@@ -176,9 +176,7 @@ def measure_serving(
     own_settings = {name: getattr(config, name) for name in SAME_SETTINGS}
     # The same cache and the same budget for both. What is a block here is a page there.
     known = {field.name for field in dataclasses.fields(transformers.ContinuousBatchingConfig)}
-    peer_settings = {
-        theirs if theirs in known else ours: own_settings[ours] for ours, theirs in SAME_SETTINGS.items()
-    }
+    peer_settings = {theirs if theirs in known else ours: own_settings[ours] for ours, theirs in SAME_SETTINGS.items()}
     engine = Engine(llm)
     generate = Generate(peer, size.static_batch_size)
     generate_batch = GenerateBatch(peer, peer_settings)
