@@ -253,7 +253,7 @@ def show_recording(recording: dict[str, Any]) -> None:
     for n in dict.fromkeys(name.rpartition(" ")[2] for name in runs):
         pair = {name: run for name, run in runs.items() if name.endswith(f"batch {n}")}
         alt = "; ".join(f"{name}: {told(run)}" for name, run in pair.items())
-        show(draw_launches(pair), "the grey in the GPU's lane, and how much of it the graph leaves.", alt=alt)
+        show(draw_launches(pair), "the grey in the GPU's lane, left of the dotted line.", alt=alt)
     print("\n".join(lines_of(recording)))
 
 
@@ -263,7 +263,10 @@ def lines_of(recording: dict[str, Any]) -> Iterator[str]:
     for n, replayed in seconds["graph"].items():
         eager = seconds["eager"][n]
         yield f"batch {n:>3}: eager {1000 * eager:6.2f} ms, graph {1000 * replayed:6.2f} ms, {eager / replayed:.1f} times"
-    yield f"prefill, eager: {1000 * seconds['eager']['prefill']:.1f} ms"
+    for name, run in recording["timelines"].items():
+        kind, n = name.split(", batch ")
+        busy = sum(kernel.seconds for kernel in Launches.from_dict(run).kernels)
+        yield f"{name}: its kernels take {1000 * busy:.2f} ms, {busy / seconds[kind][n]:.0%} of the step"
     yield f"{graphs['count']} graphs: {graphs['bytes'] / 1e6:.0f} MB, captured in {graphs['seconds']:.1f} s"
     yield "recorded: " + ", ".join(f"{name} {value}" for name, value in recording["about"].items())
 

@@ -15,6 +15,7 @@ LAUNCH, KERNEL = "#E69F00", "#0072B2"
 EDGED = 0.004  # of the axis: what is wider has white edges
 NARROWEST = 0.0015  # of the axis: what is shorter is drawn so wide, or it would not be seen
 LONELY = 0.003  # the same, in a lane with a few events only
+WIDENED = 0.1  # of the axis: what all events of a lane may gain by that together
 
 # What a driver is called for when something is put into a GPU's queue, and what runs there.
 RUNTIME = {"cuda_runtime", "cuda_driver"}
@@ -133,7 +134,7 @@ def told(run: Launches) -> str:
 def draw_lane(ax: Axes, row: int, events: list[Event], colour: str, factor: float, longest: float) -> None:
     """A box for each event, as wide as it is long; the ground shows where nothing happens."""
     end = factor * longest
-    narrowest = end * (LONELY if len(events) < 10 else NARROWEST)
+    narrowest = end * (LONELY if len(events) < 10 else min(NARROWEST, WIDENED / len(events)))
     ax.add_patch(Rectangle((0, row - 0.33), end, 0.66, facecolor=EMPTY, edgecolor="none"))
     for narrow in (True, False):
         boxes = [
@@ -142,5 +143,7 @@ def draw_lane(ax: Axes, row: int, events: list[Event], colour: str, factor: floa
             if (e.seconds < EDGED * longest) == narrow
         ]
         edge = "none" if narrow else "white"  # white edges would leave nothing of a narrow box
-        ax.add_collection(PatchCollection(boxes, facecolor=colour, edgecolor=edge, linewidth=0.4))
+        # Not snapped to pixels: of boxes that are thinner than one, each shall be seen a little, and none vanish.
+        collection = PatchCollection(boxes, facecolor=colour, edgecolor=edge, linewidth=0.4, snap=False)
+        ax.add_collection(collection)
     ax.axhline(row - 0.33, color=QUIET, linewidth=0.6)

@@ -23,11 +23,11 @@ from unittest import mock
 
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM
 from nanovllm.bench import Size
 from nanovllm.bench.gpu import SETTINGS, measure_gpu, qwen3_folder
 from nanovllm.bench.report import Report, environment, git_commit
-from nanovllm.bench.steps import decoding, random_prompt
+from nanovllm.bench.steps import decoding
 from nanovllm.lessons.launches import Launches, from_profiler
 from nanovllm.lessons.series import NOTEBOOKS
 
@@ -38,7 +38,6 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DRAWN = (1, 256)  # the batch sizes of the timelines
 CONTEXT_LEN = 1024
 ROUNDS = 30  # steps that are timed, of which the fastest is kept: neighbours on the machine only ever make them slower
-PREFILL = (8, 1024)  # prompts, tokens in each
 
 Recording = dict[str, Any]
 
@@ -59,9 +58,7 @@ def decode_step() -> Recording:
                 seconds[str(n)] = round(fastest_seconds(llm.step), 6)
                 if n in DRAWN:
                     recording["timelines"][f"{name}, batch {n}"] = profiled(llm.step).to_dict()
-        if name == "eager":
-            seconds["prefill"] = round(fastest_seconds(lambda: prefill(llm, generator)), 6)
-        else:
+        if name == "graph":
             graphs = llm.engine.model_runner.graphs
             assert graphs is not None, "this GPU's engine has no CUDA graphs: its attention is not Triton's"
             count = len(graphs.graphs) + len(graphs.sample_graphs)
@@ -97,16 +94,6 @@ def fastest_seconds(work: Callable[[], Any]) -> float:
         work()
         times.append(perf_counter() - start)
     return min(times)
-
-
-def prefill(llm: LLM, generator: random.Random) -> None:
-    """One step of several prompts."""
-    num_prompts, prompt_len = PREFILL
-    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-    for _ in range(num_prompts):
-        llm.add_request(random_prompt(llm, prompt_len, generator), params)
-    while llm.has_unfinished_requests():
-        llm.step()
 
 
 def profiled(work: Callable[[], Any]) -> Launches:
