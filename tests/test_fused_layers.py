@@ -118,11 +118,14 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, dtype):
         (triton_layers.rotate_kernel, rotation),
         (triton_layers.rotate_kernel, rotation | {"q_weight": None, "k_weight": None}),
         (triton_layers.silu_and_mul_kernel, dict(SIZE=3072)),
+        (triton_sampler.weigh_kernel, dict(PIECE=4096)),
+        (triton_sampler.choose_kernel, dict(PIECE=4096, PADDED=64)),  # 38 pieces
+        (triton_sampler.choose_kernel, dict(PIECE=4096, PADDED=1)),
     ):
         names = kernel.arg_names
-        types = (
-            dict.fromkeys(names, dtype) | {"eps": "fp32", "token_stride": "i32"} | dict.fromkeys(constants, "constexpr")
-        )
+        types = dict.fromkeys(names, dtype) | dict.fromkeys(("temperature", "best", "weights"), "*fp32")
+        types |= dict.fromkeys(("token_stride", "row_stride", "vocab_size", "num_pieces"), "i32") | {"eps": "fp32"}
+        types |= dict.fromkeys(("bits", "token_ids"), "*i64") | dict.fromkeys(constants, "constexpr")
         source = ASTSource(
             kernel,
             signature={name: types[name] for name in names},

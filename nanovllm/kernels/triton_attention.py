@@ -12,7 +12,7 @@ Three things decide how fast that is:
 - A *decode*, a sequence with one new token, does little arithmetic for each byte that it reads. What counts is that
   enough of the memory is being asked at once. So a long context is *split*: several programs take a piece each, and a
   second kernel adds up what they found (flash-decoding, Dao et al. 2023). The pieces depend on the context alone, never
-  on who else is in the batch, so a sequence's sums are always made in the same order.
+  on how many others are in the batch, so a decode's sums are made in the same order alone and in a crowd of decodes.
 - A *chunk*, a sequence with several new tokens, has arithmetic enough: its queries share what is read, a tile of them
   to a program.
 
