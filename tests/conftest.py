@@ -1,8 +1,10 @@
 """Fixtures: tiny random checkpoints, made by transformers, and the default model."""
 
+import gc
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Threads that have finished their part of a product spin only briefly before they sleep. On a quiet machine that is as
@@ -51,6 +53,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """A tiny model has nothing to share between threads: they would only wait for each other."""
     fixtures = getattr(item, "fixturenames", ())
     torch.set_num_threads(ALL_THREADS if "default_model_path" in fixtures else 1)
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """In a `with` block Python looks for no cycles of garbage; those that there were have gone before."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @pytest.fixture

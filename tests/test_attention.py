@@ -352,9 +352,8 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, head_dim, is_chu
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = dict(
-        num_warps=warps, num_stages=NUM_STAGES, enable_fp_fusion=True
-    )  # a * b + c rounded once; from 3.10 off by default
+    # Fusion: a * b + c is rounded once; from 3.10 off by default.
+    options = dict(num_warps=warps, num_stages=NUM_STAGES, enable_fp_fusion=True)
     compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
 

@@ -5,17 +5,20 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM
-from nanovllm.bench import Size, gpu, kernels, run, steps
+from nanovllm.bench import Size, gpu, run, steps
+from nanovllm.bench.profile import kind_of
 from nanovllm.bench.report import Report
 from nanovllm.bench.serving import Workload
 from nanovllm.bench.timing import best_of, stopwatch, watch_others
 from nanovllm.layers.linear import Linear
+from nanovllm.lessons.record import RECORDINGS
 
 SMALL = Size(
     dtypes=("float32",),
@@ -257,6 +260,16 @@ def test_floors_count_what_a_step_must_do(tmp_path):
     scores_and_mixing = 2 * 2 * 4 * 16 * (10 * 11 // 2)
     assert gpu.prefill_operations(llm, 3, 10) == 2 * 3 * (10 * 2 * layer + 100 * 32 + scores_and_mixing)
     llm.close()
+
+
+@pytest.mark.parametrize("n", [1, 256])
+def test_what_the_kernels_of_a_step_are_for(n):
+    """The kernels of a real step: 28 layers with four products and the head, attention in two kernels, two norms."""
+    run = json.loads((RECORDINGS / "05_decode_step.json").read_text())["timelines"][f"graph, batch {n}"]
+    kinds = Counter(kind_of(run["names"][kernel[0]]) for kernel in run["kernels"])
+    assert kinds["attention"] == 2 * 28 and kinds["sums and norms"] == 2 * 28 + 1 and kinds["sampler"] == 2
+    assert kinds["QK norms and rotation"] == kinds["activation"] == kinds["storing keys and values"] == 28
+    assert kinds["products"] == 4 * 28 + 1 + (28 if n == 1 else 0)  # cuBLAS adds up the halves of one that it has split
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -20,6 +20,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import llm_engine
+from tests.conftest import collector_off
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
@@ -764,13 +765,9 @@ def test_a_closed_engine_goes_whatever_is_kept_of_it(model_path, keep):
     llm = LLM(model_path, dtype="float32", device="cpu", num_kv_blocks=40)
     engine = weakref.ref(llm.engine)
     kept = keep(llm)
-    gc.collect()
-    gc.disable()
-    try:
+    with collector_off():
         llm.close()
         assert engine() is None
-    finally:
-        gc.enable()
     if keep is keep_stream:
         kept.close()  # its request went with the engine
     else:

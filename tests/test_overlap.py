@@ -4,7 +4,6 @@ Only a GPU's engine overlaps. Here one on a CPU does: what its sequences sampled
 the table on the GPU. With one (tests/gpu) the same happens for real.
 """
 
-import gc
 import random
 import weakref
 
@@ -12,6 +11,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.overlap import Overlap
+from tests.conftest import collector_off
 
 
 def overlapping(path, **settings) -> LLM:
@@ -197,10 +197,6 @@ def test_an_engine_goes_when_nobody_holds_it(model_path):
     llm = LLM(model_path, dtype="float32", device="cpu", num_kv_blocks=40)
     llm.engine.overlap = Overlap(llm.engine)
     engine = weakref.ref(llm.engine)
-    gc.collect()
-    gc.disable()
-    try:
+    with collector_off():
         llm.close()
         assert engine() is None
-    finally:
-        gc.enable()

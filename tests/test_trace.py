@@ -1,6 +1,5 @@
 """The trace tells what happened, and what it tells is enough to rebuild every state of the blocks."""
 
-import gc
 import json
 import random
 import tracemalloc
@@ -19,6 +18,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import VERSION, BlockState, Trace
 
+from .conftest import collector_off
 from .scheduling import make_sequence
 
 # -- Without a model -----------------------------------------------------------------------------------------------------
@@ -272,12 +272,11 @@ def test_a_long_trace_is_small_and_quick(tmp_path):
     assert loaded.steps == trace.steps
     rng = random.Random(1)
     slowest = 0.0
-    gc.disable()  # a collection of all that this process holds by now is no part of a state
-    for index in rng.sample(range(2000), 50):
-        start = process_time()
-        loaded.blocks_at(index)
-        slowest = max(slowest, process_time() - start)
-    gc.enable()
+    with collector_off():  # a look at all that this process holds by now is no part of a state
+        for index in rng.sample(range(2000), 50):
+            start = process_time()
+            loaded.blocks_at(index)
+            slowest = max(slowest, process_time() - start)
     print(f"slowest state {1000 * slowest:.0f} ms")
     assert slowest < 0.05, f"{1000 * slowest:.0f} ms"
 

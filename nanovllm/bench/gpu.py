@@ -21,7 +21,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench.kernels import measure_kernels
 from nanovllm.bench.profile import where_time_goes
-from nanovllm.bench.report import Report
+from nanovllm.bench.report import Report, gpu_record
 from nanovllm.bench.serving import measure_serving
 from nanovllm.bench.steps import decoding, random_prompt
 from nanovllm.bench.timing import seconds_on_gpu, watch_others
@@ -75,7 +75,7 @@ def shared_workload() -> tuple[list[list[int]], list[int]]:
 def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> None:
     """Kernels, the shared benchmark, steps: with CUDA graphs, without, and with the torch backend; then against a peer."""
     limits = measure_limits(report)
-    measure_kernels(report, limits)
+    measure_kernels(report, limits, QWEN3)
     variants: dict[str, dict[str, Any]] = {
         "": {},
         ", eager": {"enforce_eager": True},
@@ -107,9 +107,8 @@ def measure_limits(report: Report) -> tuple[float, float]:
     del source, target
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     rate = 2 * 8192**3 / seconds_on_gpu(lambda: square @ square)
-    about = {"dtype": "", "gpu": torch.cuda.get_device_name()}
-    report.add(about | {"measurement": "copy, read and written", "value": round(bandwidth / 1e9), "unit": "GB/s"})
-    report.add(about | {"measurement": "matrix product, bfloat16", "value": round(rate / 1e12), "unit": "TFLOP/s"})
+    report.add(gpu_record("copy, read and written", round(bandwidth / 1e9), "GB/s"))
+    report.add(gpu_record("matrix product, bfloat16", round(rate / 1e12), "TFLOP/s"))
     return bandwidth, rate
 
 
@@ -194,9 +193,7 @@ def measure_first_token(report: Report, llm: LLM, size: "Size", prompt_len: int 
 
 
 def record(measurement: str, llm: LLM, value: float, unit: str) -> dict[str, Any]:
-    dtype = str(llm.engine.model_runner.dtype).removeprefix("torch.")
-    gpu = torch.cuda.get_device_name()
-    return {"measurement": measurement, "dtype": dtype, "value": round(value, 3), "unit": unit, "gpu": gpu}
+    return gpu_record(measurement, value, unit, llm.engine.model_runner.dtype)
 
 
 # -- What a step must do at least --------------------------------------------------------------------------------------

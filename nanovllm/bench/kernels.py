@@ -10,66 +10,74 @@ from typing import Any
 
 import torch
 
-from nanovllm.bench.report import Report
+from nanovllm.bench.report import Report, gpu_record
 from nanovllm.bench.timing import seconds_on_gpu
+from nanovllm.engine.kv_cache import block_bytes
 from nanovllm.kernels import get_backend
 from nanovllm.utils.context import Context
 
-HEADS = (16, 8, 128)  # query heads, KV heads, numbers in each: Qwen3-0.6B's
 DECODES = [(256, 1024), (64, 1024), (16, 1024), (1, 1024), (1, 4096)]  # sequences, tokens of context
 PREFILLS = [(8, 1024), (16, 1024), (1, 8192)]  # prompts, tokens of each
 MAX_LEN = 4096  # what block tables have room for in decodes, as in an engine with this `max_model_len`
 BLOCK_SIZES = {"triton": 16, "flash_attn": 256}  # the torch backend asks the GPU what to do: no graph can hold it
-VOCAB_SIZE = 151_936
+SAMPLED = [(256, 0.0), (256, 0.6), (16, 0.0), (16, 0.6)]  # rows, temperature
 GPU_CACHE = 256 << 20  # bytes: more than any GPU's
 REPEATS = 16  # in a graph, whose own launch takes some microseconds
 
 DTYPE = torch.bfloat16
 
+Heads = tuple[int, int, int]  # query heads, KV heads, numbers in each
 
-def measure_kernels(report: Report, limits: tuple[float, float]) -> None:
-    """Attention of every backend that is here, then the sampler. `limits` are bytes and operations a second."""
+
+def measure_kernels(report: Report, limits: tuple[float, float], model: dict[str, Any]) -> None:
+    """Attention of every backend that is here, then the sampler.
+
+    `limits` are bytes and operations a second; `model` is a config.json, for the sizes.
+    """
     bandwidth, rate = limits
-    num_heads, num_kv_heads, head_dim = HEADS
-    for name, block_size in BLOCK_SIZES.items():
+    heads: Heads = (model["num_attention_heads"], model["num_key_value_heads"], model["head_dim"])
+    num_heads, num_kv_heads, head_dim = heads
+    for backend_name, block_size in BLOCK_SIZES.items():
         try:
-            backend = get_backend(name, "cuda", DTYPE, block_size, head_dim)
+            backend = get_backend(backend_name, "cuda", DTYPE, block_size, head_dim)
         except ValueError as error:
-            report.progress(f"without {name}: {error}")
+            report.progress(f"without {backend_name}: {error}")
             continue
         for n, context_len in DECODES:
-            report.progress(f"decode attention, {name}, {n} x {context_len}")
-            seconds = attention_seconds(backend, n, 1, context_len, block_size)
-            floor = n * context_len * 2 * num_kv_heads * head_dim * DTYPE.itemsize / bandwidth
-            about = {"floor_us": round(1e6 * floor, 1), "times_the_floor": round(seconds / floor, 2)}
-            report.add(record(f"decode attention, {name}, {n} x {context_len}", 1e6 * seconds, "us") | about)
+            name = f"decode attention, {backend_name}, {n} x {context_len}"
+            report.progress(name)
+            seconds = attention_seconds(backend, heads, n, 1, context_len, block_size)
+            add_reading(
+                report, name, seconds, n * context_len * block_bytes(1, 1, num_kv_heads, head_dim, DTYPE), bandwidth
+            )
         for n, prompt_len in PREFILLS:
-            report.progress(f"prefill attention, {name}, {n} x {prompt_len}")
-            seconds = attention_seconds(backend, n, prompt_len, prompt_len, block_size)
+            name = f"prefill attention, {backend_name}, {n} x {prompt_len}"
+            report.progress(name)
+            seconds = attention_seconds(backend, heads, n, prompt_len, prompt_len, block_size)
             operations = 4 * num_heads * head_dim * n * prompt_len * (prompt_len + 1) / 2
             about = {"us": round(1e6 * seconds, 1), "share_of_the_product": round(operations / seconds / rate, 3)}
-            name_of_it = f"prefill attention, {name}, {n} x {prompt_len}"
-            report.add(record(name_of_it, operations / seconds / 1e12, "TFLOP/s") | about)
+            report.add(gpu_record(name, operations / seconds / 1e12, "TFLOP/s", DTYPE) | about)
 
-    for n in (256, 16):
-        for temperature in (0.0, 0.6):
-            report.progress(f"sampler, {n} rows, temperature {temperature}")
-            seconds = sampler_seconds(n, temperature)
-            floor = n * VOCAB_SIZE * DTYPE.itemsize / bandwidth
-            about = {"floor_us": round(1e6 * floor, 1), "times_the_floor": round(seconds / floor, 2)}
-            report.add(record(f"sampler, {n} rows, temperature {temperature}", 1e6 * seconds, "us") | about)
+    for n, temperature in SAMPLED:
+        name = f"sampler, {n} rows, temperature {temperature}"
+        report.progress(name)
+        seconds = sampler_seconds(n, model["vocab_size"], temperature)
+        add_reading(report, name, seconds, n * model["vocab_size"] * DTYPE.itemsize, bandwidth)
 
 
-def record(measurement: str, value: float, unit: str) -> dict[str, Any]:
-    dtype = str(DTYPE).removeprefix("torch.")
-    gpu = torch.cuda.get_device_name()
-    return {"measurement": measurement, "dtype": dtype, "value": round(value, 1), "unit": unit, "gpu": gpu}
+def add_reading(report: Report, name: str, seconds: float, num_bytes: int, bandwidth: float) -> None:
+    """Record a kernel that takes as long as it reads, at best."""
+    floor = num_bytes / bandwidth
+    about = {"floor_us": round(1e6 * floor, 1), "times_the_floor": round(seconds / floor, 2)}
+    report.add(gpu_record(name, 1e6 * seconds, "us", DTYPE) | about)
 
 
 @torch.inference_mode()
-def attention_seconds(backend: ModuleType, n: int, query_len: int, context_len: int, block_size: int) -> float:
+def attention_seconds(
+    backend: ModuleType, heads: Heads, n: int, query_len: int, context_len: int, block_size: int
+) -> float:
     """Seconds of one layer's attention for `n` sequences with so many new tokens and so long a context each."""
-    num_heads, num_kv_heads, head_dim = HEADS
+    num_heads, num_kv_heads, head_dim = heads
     num_blocks = -(-context_len // block_size)
     context = Context(
         block_size=block_size,
@@ -81,45 +89,42 @@ def attention_seconds(backend: ModuleType, n: int, query_len: int, context_len: 
     )
     context.block_tables[:, :num_blocks] = torch.randperm(n * num_blocks, device="cuda").view(n, num_blocks)
     query = torch.randn(n * query_len, num_heads, head_dim, dtype=DTYPE, device="cuda")
-    bytes_per_layer = n * num_blocks * block_size * 2 * num_kv_heads * head_dim * DTYPE.itemsize
-    num_layers = 1 + GPU_CACHE // bytes_per_layer if query_len == 1 else 1
-    layers = backend.allocate(num_layers, n * num_blocks, block_size, num_kv_heads, head_dim, DTYPE, "cuda").transpose(
-        0, 1
-    )
+    shape = (block_size, num_kv_heads, head_dim)
+    num_layers = 1 + GPU_CACHE // (n * num_blocks * block_bytes(1, *shape, DTYPE)) if query_len == 1 else 1
+    layers = backend.allocate(num_layers, n * num_blocks, *shape, DTYPE, "cuda").transpose(0, 1)
     layers.normal_()
     context.plan = backend.plan(context, layers[0, 0])
 
     def all_layers() -> None:
-        for _ in range(REPEATS):
-            for k_cache, v_cache in layers:
-                backend.attend(query, k_cache, v_cache, context, head_dim**-0.5)
+        for k_cache, v_cache in layers:
+            backend.attend(query, k_cache, v_cache, context, head_dim**-0.5)
 
-    return seconds_in_a_graph(all_layers) / (REPEATS * num_layers)
+    return seconds_in_a_graph(all_layers) / num_layers
 
 
 @torch.inference_mode()
-def sampler_seconds(n: int, temperature: float) -> float:
+def sampler_seconds(n: int, vocab_size: int, temperature: float) -> float:
     """Seconds to sample a token for each of `n` rows of logits."""
     from nanovllm.kernels.triton_sampler import sample  # there is no Triton outside Linux
 
-    num_batches = 1 + GPU_CACHE // (n * VOCAB_SIZE * DTYPE.itemsize)
-    batches = torch.randn(num_batches, n, VOCAB_SIZE, dtype=DTYPE, device="cuda")
+    num_batches = 1 + GPU_CACHE // (n * vocab_size * DTYPE.itemsize)
+    batches = torch.randn(num_batches, n, vocab_size, dtype=DTYPE, device="cuda")
     temperatures = torch.full((n,), temperature, device="cuda")
     bits = torch.randint(1 << 62, (n,), device="cuda")
 
     def all_batches() -> None:
-        for _ in range(REPEATS):
-            for logits in batches:
-                sample(logits, temperatures, bits)
+        for logits in batches:
+            sample(logits, temperatures, bits)
 
-    return seconds_in_a_graph(all_batches) / (REPEATS * num_batches)
+    return seconds_in_a_graph(all_batches) / num_batches
 
 
 def seconds_in_a_graph(work: Callable[[], None]) -> float:
-    """Seconds of some work on the GPU, replayed from a CUDA graph."""
+    """Seconds of some work on the GPU, replayed from a CUDA graph that holds it several times."""
     work()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work()
-    return seconds_on_gpu(graph.replay)
+        for _ in range(REPEATS):
+            work()
+    return seconds_on_gpu(graph.replay) / REPEATS

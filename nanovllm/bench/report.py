@@ -58,6 +58,13 @@ def git_commit() -> str | None:
         return None
 
 
+def gpu_record(measurement: str, value: float, unit: str, dtype: torch.dtype | None = None) -> Record:
+    """What was measured on this computer's GPU, in the numbers of `dtype`, if of any."""
+    name = "" if dtype is None else str(dtype).removeprefix("torch.")
+    gpu = torch.cuda.get_device_name()
+    return {"measurement": measurement, "dtype": name, "value": round(value, 3), "unit": unit, "gpu": gpu}
+
+
 class Report:
     """Collects records, and shows each as soon as it is there.
 

@@ -150,7 +150,7 @@ class StepGraphs:
         """Tokens for rows `at` of the hidden states, `[num_sampled]`: a copy, which the next replay does not touch."""
         num_sampled = len(at)
         if hidden_states.data_ptr() != self.hidden_states.data_ptr():  # of a step too large for a graph
-            self.hidden_states[:num_sampled] = hidden_states[pinned(at).to(hidden_states.device, non_blocking=True)]
+            self.hidden_states[:num_sampled] = hidden_states[copied(at, hidden_states.device)]
             at = np.arange(num_sampled)
         self.run_graph(
             self.sample_graphs, self.sample_inputs, np.stack([at, rows, bits]), padding=[0, self.padding_row, 0]
@@ -171,8 +171,7 @@ class StepGraphs:
 
     def write(self, table: torch.Tensor, places: np.ndarray, values: np.ndarray) -> None:
         """Change some numbers of a table, one-dimensional, on the device."""
-        on_device = (pinned(array).to(table.device, non_blocking=True) for array in (places, values))
-        table.index_copy_(0, *on_device)
+        table.index_copy_(0, copied(places, table.device), copied(values, table.device))
 
 
 def memory_of_graphs(max_num_tokens: int, max_num_seqs: int) -> int:
@@ -187,3 +186,8 @@ def pinned(array: np.ndarray) -> torch.Tensor:
     PyTorch lends such memory, and does not lend it again before the copy from it is done.
     """
     return torch.from_numpy(array).pin_memory()
+
+
+def copied(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device, for which nobody here waits."""
+    return pinned(array).to(device, non_blocking=True)

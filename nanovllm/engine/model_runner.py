@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from nanovllm.config import Config
 from nanovllm.engine.buckets import bucket_of
-from nanovllm.engine.cuda_graphs import StepGraphs, memory_of_graphs, pinned
+from nanovllm.engine.cuda_graphs import StepGraphs, copied, memory_of_graphs
 from nanovllm.engine.kv_cache import MemoryUse, block_bytes, size_kv_cache
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputCollector, StepInputs
@@ -254,28 +254,25 @@ class ModelRunner:
         On a GPU the kernel that reads the logits once takes all rows that it can, whoever else is in the batch: its sums
         are rounded otherwise than those of `sample`, and a request must get the same token in every batch.
         """
-        uniform = uniform_numbers(self.seed[rows], positions)
         if not self.has_sampling_kernel:
-            return sample(logits, SamplingBatch.from_host(*self.settings(rows), uniform, self.device))
+            return sample(logits, self.sampling_batch(rows, positions))
         from nanovllm.kernels import triton_sampler
 
         bits = self.to_device(random_bits(self.seed[rows], positions).view(np.int64))
         token_ids = triton_sampler.sample(logits, self.to_device(self.temperature[rows]), bits)
         (others,) = self.truncates[rows].nonzero()
         if len(others):
-            at, rows = self.to_device(others), rows[others]
-            few = SamplingBatch.from_host(*self.settings(rows), uniform[others], self.device)
-            token_ids[at] = sample(logits[at], few)
+            at = self.to_device(others)
+            token_ids[at] = sample(logits[at], self.sampling_batch(rows[others], positions[others]))
         return token_ids
 
-    def settings(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Temperature, top-k, top-p and min-p of some rows."""
-        return self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows]
+    def sampling_batch(self, rows: np.ndarray, positions: np.ndarray) -> SamplingBatch:
+        """How some rows are sampled, and the random numbers of their new tokens."""
+        settings = (self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows])
+        return SamplingBatch.from_host(*settings, uniform_numbers(self.seed[rows], positions), self.device)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        return (
-            pinned(array).to(self.device, non_blocking=True) if self.device.type == "cuda" else torch.from_numpy(array)
-        )
+        return copied(array, self.device) if self.device.type == "cuda" else torch.from_numpy(array)
 
     # -- What it holds -------------------------------------------------------------------------------------------------
 

@@ -265,8 +265,8 @@ def lines_of(recording: dict[str, Any]) -> Iterator[str]:
         yield f"batch {n:>3}: eager {1000 * eager:6.2f} ms, graph {1000 * replayed:6.2f} ms, {eager / replayed:.1f} times"
     for name, run in recording["timelines"].items():
         kind, n = name.split(", batch ")
-        busy = sum(kernel.seconds for kernel in Launches.from_dict(run).kernels)
-        yield f"{name}: its kernels take {1000 * busy:.2f} ms, {busy / seconds[kind][n]:.0%} of the step"
+        computing = Launches.from_dict(run).computing
+        yield f"{name}: its kernels take {1000 * computing:.2f} ms, {computing / seconds[kind][n]:.0%} of the step"
     yield f"{graphs['count']} graphs: {graphs['bytes'] / 1e6:.0f} MB, captured in {graphs['seconds']:.1f} s"
     yield "recorded: " + ", ".join(f"{name} {value}" for name, value in recording["about"].items())
 

@@ -57,7 +57,12 @@ class Launches:
     @property
     def busy(self) -> float:
         """The share of that time in which the device computes."""
-        return sum(event.seconds for event in self.kernels) / self.seconds if self.kernels else 0.0
+        return self.computing / self.seconds if self.kernels else 0.0
+
+    @property
+    def computing(self) -> float:
+        """Seconds of all kernels together."""
+        return sum(event.seconds for event in self.kernels)
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers for a file: names by number, microseconds to a tenth."""
