@@ -49,6 +49,25 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 ALL_THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Where there is a GPU, the tests do not see it: they run on a CPU, several at a time.
+
+    Those marked `gpu` want it to themselves: `pytest -m gpu -n 0`.
+    """
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, for itself: pytest -m gpu -n 0")
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if item.path.parent.name == "gpu" or parameters.get("device") == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest -m gpu -n 0"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A tiny model has nothing to share between threads: they would only wait for each other."""
     fixtures = getattr(item, "fixturenames", ())

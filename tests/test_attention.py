@@ -170,7 +170,7 @@ def test_a_long_decode_beside_a_short_one(backend, device):
     check_attention([1, 1], [4096, 3], num_heads=2, num_kv_heads=1, backend=backend, device=device)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="too slow in an interpreter")
+@pytest.mark.skipif(interpreter.IS_ON, reason="too slow in an interpreter")
 @on_every_backend
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("block_size", [16, 256])

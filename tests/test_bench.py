@@ -49,9 +49,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(model_path, out) -> Report:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)  # the CPU's part, on a computer with a GPU, too
-        return run(model_path, out=out, size=SMALL)
+    return run(model_path, out=out, size=SMALL)
 
 
 def test_every_part_is_measured(report):
@@ -272,7 +270,7 @@ def test_what_the_kernels_of_a_step_are_for(n):
     assert kinds["products"] == 4 * 28 + 1 + (28 if n == 1 else 0)  # cuBLAS adds up the halves of one that it has split
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_every_part_is_measured_on_a_gpu(model_path, monkeypatch):
     monkeypatch.setitem(gpu.SETTINGS, "max_model_len", 2048)  # the tiny model's own
     monkeypatch.setattr(gpu, "shared_workload", lambda: ([[1, 2, 3]] * 4, [5] * 4))  # and a small vocabulary

@@ -16,7 +16,6 @@ from nanovllm.layers.rotary_embedding import RotaryEmbedding, rope_inverse_frequ
 from nanovllm.utils.ranks import Ranks
 from tests.conftest import TOLERANCE
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 pytestmark = pytest.mark.usefixtures("seeded")
 
 

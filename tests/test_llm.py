@@ -452,7 +452,6 @@ def test_a_backend_that_cannot_run_here_is_refused_before_the_weights_are_read(m
         LLM(model_path, attention_backend="flash_attn", device="cpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(model_path):
     with pytest.raises(ValueError, match="torch finds no CUDA GPU here; use device='cpu'"):
         LLM(model_path, device="cuda")
@@ -731,7 +730,7 @@ class TestGuideSnippets:
         llm.generate(["Test"], SamplingParams(max_tokens=100))
         assert time.perf_counter() > start_time
 
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    @pytest.mark.gpu
     def test_memory_profiling(self, model_path):
         llm = LLM(model_path)
         torch.cuda.reset_peak_memory_stats()

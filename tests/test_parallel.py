@@ -224,6 +224,26 @@ def test_the_default_model_on_three_ranks(default_model_path):
         assert holds["traffic"] == {"all_reduce": sums, "all_gather": logits}
 
 
+def test_steps_in_flight_are_answered_in_order(checkpoint):
+    """Chunks of a long prompt: the only steps that need no token of the one before, for which it takes a GPU (tests/gpu)."""
+    path, prompt = checkpoint(12), [n % 250 for n in range(40)]
+    settings = dict(num_kv_blocks=16, max_num_batched_tokens=16, dtype="float32", device="cpu")
+    expected = generate(LLM(path, **settings), [prompt])
+    llm = LLM(path, tensor_parallel_size=2, **settings)
+    llm.add_request(prompt, GREEDY)
+    engine = llm.engine
+    batches = [engine.scheduler.schedule() for _ in range(3)]
+    launched = [engine.model_runner.launch(batch) for batch in batches]
+    for batch, step, num_sampled in zip(batches, launched, (0, 0, 1), strict=True):
+        token_ids = step.tokens()
+        assert len(token_ids) == num_sampled and step.times["forward"] > 0
+        engine.scheduler.update(batch, token_ids)
+    while llm.has_unfinished_requests():
+        answers = llm.step()
+    assert [answer["token_ids"] for answer in answers] == expected
+    llm.close()
+
+
 # -- Faults ------------------------------------------------------------------------------------------------------------
 
 

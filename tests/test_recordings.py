@@ -182,7 +182,6 @@ def test_a_recording_is_shown(capsys):
     assert "commit" in said and "Look for" in said
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would record")
 @pytest.mark.parametrize(
     ("chapter", "words"), [("05", "torch finds none here"), ("03", "there are 05_decode_step, 07_benchmark")]
 )

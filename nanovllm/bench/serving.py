@@ -18,19 +18,16 @@ import transformers
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench.report import Report
 from nanovllm.bench.timing import watch_others
+from nanovllm.config import Config
+from nanovllm.layers.attention import Attention
 from nanovllm.utils.checkpoint import load_hf_config
 
 if TYPE_CHECKING:
     from nanovllm.bench import Size
 
 
-# What the engine's settings are called in transformers' ContinuousBatchingConfig.
-SAME_SETTINGS = {
-    "block_size": "page_size",  # "block_size" in transformers 5.17
-    "num_kv_blocks": "num_blocks",
-    "max_num_batched_tokens": "max_batch_tokens",
-    "max_num_seqs": "max_requests_per_batch",
-}
+SETTINGS = ("block_size", "num_kv_blocks", "max_num_batched_tokens", "max_num_seqs")  # of the engine, that are recorded
+PEER_PAGE_ON_GPU = 256  # tokens: FlashAttention 2, which transformers takes where it is installed, can do no fewer
 
 # How many times as fast as each peer we must be at least.
 BARS = {
@@ -87,6 +84,12 @@ class Engine:
         self.llm = llm
         self.num_runs = 0
 
+    def settings(self) -> dict[str, Any]:
+        runner = self.llm.engine.model_runner
+        attention = next(module for module in runner.model.modules() if isinstance(module, Attention))
+        backend = attention.backend.__name__.rpartition(".")[2]
+        return {name: getattr(self.llm.engine.config, name) for name in SETTINGS} | {"attention": backend}
+
     def run(self, work: Workload) -> Answers:
         self.num_runs += 1  # a salt of its own, so that a run finds nothing of the one before in the prefix cache
         params = [
@@ -104,6 +107,9 @@ class Generate:
     def __init__(self, model: Any, batch_size: int) -> None:
         self.model = model
         self.batch_size = batch_size
+
+    def settings(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "attention": self.model.config._attn_implementation}
 
     def run(self, work: Workload) -> Answers:
         outputs: Tokens = []
@@ -129,14 +135,19 @@ class GenerateBatch:
 
     def __init__(self, model: Any, settings: dict[str, Any]) -> None:
         self.model = model
+        self.own_settings, self.attention = settings, "none yet"
         self.configs = {
             "generation_config": transformers.GenerationConfig(do_sample=False, eos_token_id=-1),  # -1 is none
             "continuous_batching_config": transformers.ContinuousBatchingConfig(**settings),
         }
 
+    def settings(self) -> dict[str, Any]:
+        return self.own_settings | {"attention": self.attention}
+
     def run(self, work: Workload) -> Answers:
         # A new manager for each run, so that it finds nothing of the one before. Its warm-up makes the KV cache.
         with self.model.continuous_batching_context_manager(**self.configs) as manager:
+            self.attention = self.model.config._attn_implementation  # it chooses one, for this run only
             start = perf_counter()
             ids = [
                 manager.add_request(prompt, max_new_tokens=output_len)
@@ -173,29 +184,33 @@ def measure_serving(
     llm = LLM(path, load_format=load_format, dtype=dtype, device=device, num_kv_blocks=num_kv_blocks)
     config, peer = llm.engine.config, load_peer(path, load_format, dtype).to(device)
     bars = BARS[device]
-    own_settings = {name: getattr(config, name) for name in SAME_SETTINGS}
-    # The same cache and the same budget for both. What is a block here is a page there.
-    known = {field.name for field in dataclasses.fields(transformers.ContinuousBatchingConfig)}
-    peer_settings = {theirs if theirs in known else ours: own_settings[ours] for ours, theirs in SAME_SETTINGS.items()}
     engine = Engine(llm)
     generate = Generate(peer, size.static_batch_size)
-    generate_batch = GenerateBatch(peer, peer_settings)
-    settings = {
-        "nanovllm": own_settings | {"attention": "torch"},
-        "generate": {"batch_size": size.static_batch_size, "attention": peer.config._attn_implementation},
-        "generate_batch": peer_settings | {"attention": peer.config._attn_implementation},
-    }
+    generate_batch = GenerateBatch(peer, as_peer_settings(config, device))
 
     work = Workload.make(size.num_requests, 0, llm.engine.vocab_size, size)
     sides = {"nanovllm": engine, "generate": generate, "generate_batch": generate_batch}
     name = f"{size.num_requests} requests"
-    compare(report, name, dtype, sides, work, bars, settings, size.serving_rounds)
+    compare(report, name, dtype, sides, work, bars, size.serving_rounds)
 
     work = Workload.make(size.num_sharing, size.prefix_len, llm.engine.vocab_size, size)
     sides = {"nanovllm": engine, "generate": generate}
     name = f"{size.num_sharing} requests that share {size.prefix_len} tokens"
-    compare(report, name, dtype, sides, work, bars | {"generate": bars["sharing"]}, settings, size.serving_rounds)
+    compare(report, name, dtype, sides, work, bars | {"generate": bars["sharing"]}, size.serving_rounds)
     llm.close()
+
+
+def as_peer_settings(config: Config, device: str) -> dict[str, Any]:
+    """The engine's settings for `generate_batch`: a cache of as many tokens, and the same budget. Its blocks are pages."""
+    assert config.num_kv_blocks is not None
+    page_size = config.block_size if device == "cpu" else PEER_PAGE_ON_GPU
+    known = {field.name for field in dataclasses.fields(transformers.ContinuousBatchingConfig)}
+    return {
+        "page_size" if "page_size" in known else "block_size": page_size,  # the latter in transformers 5.17
+        "num_blocks": config.num_kv_blocks * config.block_size // page_size,
+        "max_batch_tokens": config.max_num_batched_tokens,
+        "max_requests_per_batch": config.max_num_seqs,
+    }
 
 
 def compare(
@@ -205,7 +220,6 @@ def compare(
     sides: dict[str, Any],
     work: Workload,
     bars: dict[str, float],
-    settings: dict[str, dict[str, Any]],
     rounds: int,
 ) -> None:
     """Let the sides work in turns, and report the best run of each peer against the engine's."""
@@ -236,6 +250,6 @@ def compare(
                 peer_name: round(work.num_output_tokens / peer.seconds, 1),
             },
             "same_answers": sum(ours == theirs for ours, theirs in zip(engine.token_ids, peer.token_ids)),
-            "settings": {"nanovllm": settings["nanovllm"], peer_name: settings[peer_name]},
+            "settings": {name: sides[name].settings() for name in ("nanovllm", peer_name)},
         }
         report.add(record | load)

@@ -93,8 +93,7 @@ class LLMEngine:
         self.requests: dict[int, Request] = {}  # those that are not finished
         self.recorders: list[Recorder] = []  # one for each open trace
         self.num_steps = 0
-        # With CUDA graphs a step is launched in less time than it takes, and can wait for tokens on the GPU itself.
-        self.overlap = Overlap(self) if self.model_runner.graphs is not None else None
+        self.overlap = Overlap(self) if self.model_runner.can_overlap else None
         self._ids = count()
 
     # -- Requests ------------------------------------------------------------------------------------------------------

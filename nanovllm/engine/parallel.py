@@ -79,7 +79,12 @@ class RemoteStep:
         self.graph: dict[str, int] | None = None
 
     def tokens(self) -> list[int]:
-        """Wait for it, as `LaunchedStep.tokens` does; steps are waited for in the order in which they were launched."""
+        """Wait for it, as `LaunchedStep.tokens` does; steps are waited for in the order in which they were launched.
+
+        A rank says nothing of a step before it is asked: if it did, one whose answer is longer than a pipe holds would
+        wait for us to read it, while we wait for it to read of the next step.
+        """
+        self._runner.send("tokens")
         token_ids, self.logprobs, self.times, self.graph = self._runner.receive()[0]
         return token_ids
 
@@ -104,9 +109,6 @@ class ParallelRunner:
                 "lower it, or use device='cpu' or torchrun"
             )
         self.collector: InputCollector = InputCollector(config.max_num_seqs)
-        # The ranks may have some; here none: told of a step before it has answered the last one, a rank whose answer is
-        # longer than a pipe holds would wait for us to read it, and we for it.
-        self.graphs = None
         self.failure: str | None = None
         self.processes: list[subprocess.Popen] = []
         self.connections: list[Connection] = []
@@ -127,7 +129,8 @@ class ParallelRunner:
         self.dtype: torch.dtype
         self.device_name: str
         self.memory: MemoryUse  # of the first rank
-        self.num_blocks, self.dtype, self.device_name, self.memory = ready[0]
+        self.can_overlap: bool
+        self.num_blocks, self.dtype, self.device_name, self.memory, self.can_overlap = ready[0]
 
     @interrupts_deferred()
     def start(self, config: Config, path: Path, store: str | None, num_children: int) -> None:
@@ -188,7 +191,7 @@ class ParallelRunner:
             self.fail({})
 
     def receive(self) -> list[Any]:
-        """All ranks' answers to the oldest message that they have not answered yet."""
+        """All ranks' answers to a question."""
         if self.failure is not None:
             raise RuntimeError(self.failure)
         answers: dict[int, Any] = {}

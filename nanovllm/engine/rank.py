@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
-from nanovllm.engine.model_runner import ModelRunner, resolve_device
+from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, resolve_device
 from nanovllm.engine.torchrun import torchrun_store
 from nanovllm.utils.checkpoint import load_hf_config
 from nanovllm.utils.ranks import Ranks
@@ -44,12 +45,16 @@ def serve(connection: Connection, rank: int, config: Config, path: Path, store: 
     try:
         ranks = join(rank, config, store)
         runner = ModelRunner(config, load_hf_config(path), path, ranks)
-        connection.send((runner.num_blocks, runner.dtype, runner.device_name, runner.memory))
+        connection.send((runner.num_blocks, runner.dtype, runner.device_name, runner.memory, runner.can_overlap))
+        launched: deque[LaunchedStep] = deque()  # the oldest first
         while True:
             match connection.recv():
                 case ("run", inputs):
-                    step = runner.run(inputs)
-                    connection.send((step.tokens(), step.logprobs, step.times, step.graph) if rank == 0 else None)
+                    launched.append(runner.run(inputs))
+                case ("tokens",):  # of the oldest; every rank waits for them, and so learns if its GPU has failed
+                    step = launched.popleft()
+                    token_ids = step.tokens()
+                    connection.send((token_ids, step.logprobs, step.times, step.graph) if rank == 0 else None)
                 case ("describe",):
                     connection.send(runner.describe())
     except EOFError:

@@ -3,12 +3,9 @@
 import random
 
 import pytest
-import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.overlap import Overlap
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])

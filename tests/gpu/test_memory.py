@@ -5,8 +5,6 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def used() -> int:
     """Bytes, as other processes see it."""

@@ -25,6 +25,24 @@ def test_two_gpus_answer_as_one(tiny_qwen3_path, enforce_eager):
     two.close()
 
 
+def test_two_gpus_overlap_steps(tiny_qwen3_path):
+    """Also with answers and questions that are longer than a pipe holds: many log-probabilities, many tokens."""
+    settings = dict(dtype="float32", device="cuda", num_kv_blocks=2000, max_num_batched_tokens=8192, max_num_seqs=200)
+    params = [
+        SamplingParams(temperature=i % 2, seed=i, max_tokens=5 + i % 7, ignore_eos=True, logprobs=20)
+        for i in range(300)
+    ]
+    prompts = [[(i + n) % 250 for n in range(1 + i % 90)] for i in range(300)]
+    llm = LLM(tiny_qwen3_path, tensor_parallel_size=2, **settings)
+    answers = [[a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)]]
+    assert llm.engine.overlap is not None
+    llm.engine.overlap = None
+    llm.reset_prefix_cache()
+    answers.append([a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)])
+    assert answers[0] == answers[1]
+    llm.close()
+
+
 def test_the_cache_is_as_large_as_the_smaller_one(tiny_qwen3_path):
     taken = torch.empty(8 << 30, dtype=torch.uint8, device="cuda:1")
     llm = LLM(tiny_qwen3_path, tensor_parallel_size=2, device="cuda", gpu_memory_utilization=0.5, enforce_eager=True)
