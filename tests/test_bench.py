@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM
-from nanovllm.bench import Size, gpu, run, steps
+from nanovllm.bench import Size, gpu, ranks, run, steps
 from nanovllm.bench.profile import kind_of
 from nanovllm.bench.report import Report
 from nanovllm.bench.serving import Workload
@@ -268,6 +268,32 @@ def test_what_the_kernels_of_a_step_are_for(n):
     assert kinds["attention"] == 2 * 28 and kinds["sums and norms"] == 2 * 28 + 1 and kinds["sampler"] == 2
     assert kinds["QK norms and rotation"] == kinds["activation"] == kinds["storing keys and values"] == 28
     assert kinds["products"] == 4 * 28 + 1 + (28 if n == 1 else 0)  # cuBLAS adds up the halves of one that it has split
+
+
+def test_one_rank_and_two(monkeypatch):
+    """What several GPUs would measure, with ranks on a CPU."""
+    sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+    tiny = gpu.QWEN3 | sizes | dict(num_key_value_heads=2, head_dim=16, eos_token_id=1)
+    settings = dict(device="cpu", max_model_len=256, num_kv_blocks=64, max_num_batched_tokens=128, max_num_seqs=8)
+    changes = dict(
+        MODELS={"tiny": tiny}, SETTINGS=settings, BATCH_SIZES=(1, 3), CONTEXT_LEN=20, PREFILL=(2, 20), ROUNDS=4
+    )
+    for name, value in changes.items():
+        monkeypatch.setattr(ranks, name, value)
+    for module in (gpu, ranks):
+        monkeypatch.setattr(module, "shared_workload", lambda: ([[1, 2, 3]] * 4, [5] * 4))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+
+    report = Report()
+    ranks.measure_ranks(report)
+    assert report.records == [], "there is one GPU at most"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    ranks.measure_ranks(report)
+    parts = ["decode step, batch 1", "decode step, batch 3", "prefill, 2 x 20 tokens", "shared benchmark"]
+    parts.append("shared benchmark, without overlap")
+    expected = [f"tiny on {n}: {part}" for n in ("1 GPU", "2 GPUs") for part in parts]
+    assert [record["measurement"] for record in report.records] == expected
+    assert all(record["value"] > 0 for record in report.records)
 
 
 @pytest.mark.gpu

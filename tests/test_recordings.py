@@ -167,6 +167,20 @@ def test_a_benchmark_is_a_recording(tmp_path, monkeypatch):
     assert made["about"]["command"] == "python -m nanovllm.lessons record 07"
 
 
+def test_ranks_are_recorded_where_there_are_several_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RECORDINGS", tmp_path)
+    monkeypatch.setattr(record, "measure_ranks", lambda report: report.add({"measurement": "m"}))
+    monkeypatch.setattr(record, "measure_gpu", lambda *args: None)
+    for name, value in {"is_available": True, "device_count": 1, "get_device_name": "GPU"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setitem(record.MADE_BY, "07_benchmark", lambda: {})
+    assert [path.name for path in record.record("07")] == ["07_benchmark.json"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [path.name for path in record.record("07")] == ["07_benchmark.json", "07_ranks.json"]
+    made = json.loads((tmp_path / "07_ranks.json").read_text())
+    assert made["about"]["gpu"] == "2 x GPU" and made["records"] == [{"measurement": "m"}]
+
+
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_what_is_profiled_without_a_gpu_is_empty(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -183,7 +197,7 @@ def test_a_recording_is_shown(capsys):
 
 
 @pytest.mark.parametrize(
-    ("chapter", "words"), [("05", "torch finds none here"), ("03", "there are 05_decode_step, 07_benchmark")]
+    ("chapter", "words"), [("05", "torch finds none here"), ("03", "there are 05_decode_step, 07_benchmark, 07_ranks")]
 )
 def test_the_command_without_a_gpu(chapter, words):
     command = [sys.executable, "-m", "nanovllm.lessons", "record", chapter]

@@ -3,6 +3,7 @@
     gpu.py        on a GPU: the benchmark that Nano-vLLM and its family share, and steps against their floors
     kernels.py    attention, backend by backend, and the sampler, on their own
     profile.py    where a step's time goes
+    ranks.py      several GPUs, if there are
 
 and, where there is none, on a CPU:
 
@@ -27,6 +28,7 @@ import torch
 from nanovllm.bench.gpu import measure_gpu, qwen3_folder
 from nanovllm.bench.memory import measure_memory
 from nanovllm.bench.planning import measure_planning
+from nanovllm.bench.ranks import measure_ranks
 from nanovllm.bench.report import Report, environment
 from nanovllm.bench.serving import measure_serving
 from nanovllm.bench.steps import measure_steps
@@ -86,6 +88,7 @@ def run(
         report.add(environment(path, load_format))
         if torch.cuda.is_available():
             measure_gpu(report, path, load_format, size)
+            measure_ranks(report)
         else:
             measure_cpu(report, path, load_format, size, only_trace)
     print()

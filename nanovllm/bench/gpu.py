@@ -11,6 +11,7 @@ import random
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -56,12 +57,12 @@ SETTINGS: dict[str, Any] = dict(max_model_len=4096, max_num_batched_tokens=16_38
 
 
 @contextmanager
-def qwen3_folder() -> Iterator[Path]:
-    """A folder with the sizes of Qwen3-0.6B and no weights, for `load_format="dummy"`."""
+def qwen3_folder(sizes: dict[str, Any] = QWEN3) -> Iterator[Path]:
+    """A folder with such sizes, those of Qwen3-0.6B unless others are given, and no weights: for `load_format="dummy"`."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "Qwen3-0.6B-sizes"
         path.mkdir()
-        (path / "config.json").write_text(json.dumps(QWEN3))
+        (path / "config.json").write_text(json.dumps(sizes))
         yield path
 
 
@@ -113,20 +114,25 @@ def measure_limits(report: Report) -> tuple[float, float]:
 
 
 def measure_shared(report: Report, llm: LLM) -> None:
-    """The benchmark of the family: output tokens a second, best of three, each with an empty prefix cache."""
-    prompts, output_lens = shared_workload()
-    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n) for n in output_lens]
+    """The benchmark of the family: output tokens a second, best of three."""
     seconds = []
     for i in range(3):
         report.progress(f"shared benchmark, run {i + 1} of 3")
-        llm.reset_prefix_cache()
         with watch_others() as load:
-            start = perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
-            seconds.append(perf_counter() - start)
-    rate = sum(output_lens) / min(seconds)
+            seconds.append(shared_seconds(llm))
+    rate = sum(shared_workload()[1]) / min(seconds)
     all_runs = [round(s, 2) for s in seconds]
     report.add(record("shared benchmark", llm, rate, "output tokens/s") | {"seconds": all_runs} | load)
+
+
+def shared_seconds(llm: LLM) -> float:
+    """Seconds of one run of it, with an empty prefix cache."""
+    prompts, output_lens = shared_workload()
+    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n) for n in output_lens]
+    llm.reset_prefix_cache()
+    start = perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    return perf_counter() - start
 
 
 def measure_decode_steps(
@@ -137,33 +143,28 @@ def measure_decode_steps(
     for n in size.gpu_batch_sizes:
         report.progress(f"decode step{name}, batch {n}")
         with watch_others() as load, decoding(llm, n, context_len, generator):
-            times = []
-            for _ in range(size.step_rounds):
-                start = perf_counter()
-                llm.step()
-                times.append(perf_counter() - start)
+            milliseconds = 1000 * step_seconds(llm, size.step_rounds)
             profile = {} if name else where_time_goes(llm.step)
-        milliseconds = 1000 * statistics.median(times)
         floor = 1000 * (weight_bytes(llm) + n * context_len * token_bytes(llm)) / limits[0]
         details = {"floor_ms": round(floor, 3), "times_the_floor": round(milliseconds / floor, 2)}
         report.add(record(f"decode step{name}, batch {n}", llm, milliseconds, "ms") | details | profile | load)
 
 
+def step_seconds(llm: LLM, rounds: int) -> float:
+    """Median seconds of a step, one after the other."""
+    times = []
+    for _ in range(rounds):
+        start = perf_counter()
+        llm.step()
+        times.append(perf_counter() - start)
+    return statistics.median(times)
+
+
 def measure_prefill(report: Report, llm: LLM, size: "Size", limits: tuple[float, float]) -> None:
     """A step of several prompts: its operations a second, as a fraction of a large matrix product's."""
-    generator = random.Random(1)
     num_prompts, prompt_len = size.gpu_prefill
     report.progress(f"prefill of {num_prompts} x {prompt_len} tokens")
-    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-
-    def step() -> float:
-        for _ in range(num_prompts):
-            llm.add_request(random_prompt(llm, prompt_len, generator), params)
-        start = perf_counter()
-        while llm.has_unfinished_requests():
-            llm.step()
-        return perf_counter() - start
-
+    step = partial(prefill_seconds, llm, num_prompts, prompt_len, random.Random(1))
     with watch_others() as load:
         times = [step() for _ in range(3 + size.step_rounds)]
         profile = where_time_goes(step)
@@ -176,6 +177,17 @@ def measure_prefill(report: Report, llm: LLM, size: "Size", limits: tuple[float,
         | profile
         | load
     )
+
+
+def prefill_seconds(llm: LLM, num_prompts: int, prompt_len: int, generator: random.Random) -> float:
+    """Seconds to compute new prompts, and to sample a token for each."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    for _ in range(num_prompts):
+        llm.add_request(random_prompt(llm, prompt_len, generator), params)
+    start = perf_counter()
+    while llm.has_unfinished_requests():
+        llm.step()
+    return perf_counter() - start
 
 
 def measure_first_token(report: Report, llm: LLM, size: "Size", prompt_len: int = 128) -> None:

@@ -1,7 +1,7 @@
 """Recordings: what a chapter shows of a machine that its reader may not have.
 
     python -m nanovllm.lessons record 05      on a GPU: writes notebooks/recordings/05_decode_step.json
-    python -m nanovllm.lessons record 07      and 07_benchmark.json
+    python -m nanovllm.lessons record 07      and 07_benchmark.json; where there are several GPUs 07_ranks.json, too
 
 A recording is JSON. `about` says on what it was made, by which commit, by which command and when; a chapter prints that
 under what it draws. On a GPU a chapter records afresh; elsewhere it plays what is stored.
@@ -26,6 +26,7 @@ import torch
 from nanovllm import LLM
 from nanovllm.bench import Size
 from nanovllm.bench.gpu import SETTINGS, measure_gpu, qwen3_folder
+from nanovllm.bench.ranks import measure_ranks
 from nanovllm.bench.report import Report, environment, git_commit
 from nanovllm.bench.steps import decoding
 from nanovllm.lessons.launches import Launches, from_profiler
@@ -124,9 +125,22 @@ def benchmark() -> Recording:
     return recording | {"records": report.records}
 
 
+def ranks() -> Recording:
+    """Chapter 07: what it measures of several GPUs."""
+    made_on = about("07")
+    made_on |= {"gpu": f"{torch.cuda.device_count()} x {made_on['gpu']}", "model": "sizes as told, random weights"}
+    report = Report()
+    measure_ranks(report)
+    return {"about": made_on, "records": report.records}
+
+
 # -- All recordings ----------------------------------------------------------------------------------------------------
 
-MADE_BY: dict[str, Callable[[], Recording]] = {"05_decode_step": decode_step, "07_benchmark": benchmark}
+MADE_BY: dict[str, Callable[[], Recording]] = {
+    "05_decode_step": decode_step,
+    "07_benchmark": benchmark,
+    "07_ranks": ranks,  # on two GPUs or more
+}
 
 
 def about(chapter: str) -> dict[str, str]:
@@ -165,6 +179,8 @@ def record(chapter: str) -> list[Path]:
         raise ValueError(f"chapter {chapter} has no recordings; there are {', '.join(MADE_BY)}")
     if not torch.cuda.is_available():
         raise RuntimeError("a recording is made on a GPU, and torch finds none here")
+    if torch.cuda.device_count() == 1:
+        names = [name for name in names if MADE_BY[name] is not ranks]
     return [write(name, MADE_BY[name]()) for name in names]
 
 

@@ -1,0 +1,85 @@
+"""Several GPUs: what a small model and a large one gain from one, two or more ranks, where there are as many GPUs.
+
+A rank reads its part of the weights and of the KV cache, which is less; but the ranks talk twice in every layer, and all
+of them wait for the same plan.
+"""
+
+import random
+import statistics
+
+import torch
+
+from nanovllm import LLM
+from nanovllm.bench.gpu import (
+    QWEN3,
+    SETTINGS,
+    prefill_seconds,
+    qwen3_folder,
+    record,
+    shared_seconds,
+    shared_workload,
+    step_seconds,
+)
+from nanovllm.bench.report import Report
+from nanovllm.bench.steps import decoding
+from nanovllm.bench.timing import watch_others
+
+# The sizes of two models, as their config.json has them.
+MODELS = {
+    "Qwen3-0.6B": QWEN3,
+    "Qwen3-8B": QWEN3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}
+BATCH_SIZES = (1, 16, 64, 256)
+CONTEXT_LEN = 1024
+PREFILL = (8, 1024)  # prompts, tokens of each
+ROUNDS = 20
+
+
+def measure_ranks(report: Report) -> None:
+    """Each model, with random weights, on one rank, on two, on four and so on; nothing where there is one GPU."""
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < 2:
+        return
+    for model, config in MODELS.items():
+        with qwen3_folder(config) as path:
+            for n in (1, 2, 4, 8):
+                if n > num_gpus:
+                    break
+                report.progress(f"{model}: starting {n} ranks")
+                llm = LLM(path, load_format="dummy", tensor_parallel_size=n, **SETTINGS)
+                measure_engine(report, llm, f"{model} on {n} GPU{'s' * (n > 1)}")
+                llm.close()
+
+
+def measure_engine(report: Report, llm: LLM, name: str) -> None:
+    """Decode steps, a prefill, and the shared benchmark: with steps that overlap, and one after the other."""
+    generator = random.Random(0)
+    for n in BATCH_SIZES:
+        report.progress(f"{name}: decode step, batch {n}")
+        with watch_others() as load, decoding(llm, n, CONTEXT_LEN, generator):
+            milliseconds = 1000 * step_seconds(llm, ROUNDS)
+        report.add(record(f"{name}: decode step, batch {n}", llm, milliseconds, "ms") | load)
+
+    num_prompts, prompt_len = PREFILL
+    report.progress(f"{name}: prefill")
+    with watch_others() as load:
+        times = [prefill_seconds(llm, num_prompts, prompt_len, generator) for _ in range(ROUNDS)]
+    milliseconds = 1000 * statistics.median(times[3:])
+    report.add(record(f"{name}: prefill, {num_prompts} x {prompt_len} tokens", llm, milliseconds, "ms") | load)
+
+    num_output_tokens = sum(shared_workload()[1])
+    for how in ("", ", without overlap"):
+        if how:
+            llm.engine.overlap = None
+        report.progress(f"{name}: shared benchmark{how}")
+        with watch_others() as load:
+            seconds = shared_seconds(llm)
+        rate = num_output_tokens / seconds
+        report.add(record(f"{name}: shared benchmark{how}", llm, rate, "output tokens/s") | load)
