@@ -22,7 +22,6 @@ from nanovllm.bench.gpu import (
 )
 from nanovllm.bench.report import Report
 from nanovllm.bench.steps import decoding
-from nanovllm.bench.timing import watch_others
 
 # The sizes of two models, as their config.json has them.
 MODELS = {
@@ -59,27 +58,27 @@ def measure_ranks(report: Report) -> None:
 
 
 def measure_engine(report: Report, llm: LLM, name: str) -> None:
-    """Decode steps, a prefill, and the shared benchmark: with steps that overlap, and one after the other."""
+    """Decode steps, a prefill, and the shared benchmark: with steps that overlap, and one after the other.
+
+    Who else uses the machine is not told: ranks are other programs.
+    """
     generator = random.Random(0)
     for n in BATCH_SIZES:
         report.progress(f"{name}: decode step, batch {n}")
-        with watch_others() as load, decoding(llm, n, CONTEXT_LEN, generator):
+        with decoding(llm, n, CONTEXT_LEN, generator):
             milliseconds = 1000 * step_seconds(llm, ROUNDS)
-        report.add(record(f"{name}: decode step, batch {n}", llm, milliseconds, "ms") | load)
+        report.add(record(f"{name}: decode step, batch {n}", llm, milliseconds, "ms"))
 
     num_prompts, prompt_len = PREFILL
     report.progress(f"{name}: prefill")
-    with watch_others() as load:
-        times = [prefill_seconds(llm, num_prompts, prompt_len, generator) for _ in range(ROUNDS)]
+    times = [prefill_seconds(llm, num_prompts, prompt_len, generator) for _ in range(3 + ROUNDS)]
     milliseconds = 1000 * statistics.median(times[3:])
-    report.add(record(f"{name}: prefill, {num_prompts} x {prompt_len} tokens", llm, milliseconds, "ms") | load)
+    report.add(record(f"{name}: prefill, {num_prompts} x {prompt_len} tokens", llm, milliseconds, "ms"))
 
     num_output_tokens = sum(shared_workload()[1])
     for how in ("", ", without overlap"):
         if how:
             llm.engine.overlap = None
         report.progress(f"{name}: shared benchmark{how}")
-        with watch_others() as load:
-            seconds = shared_seconds(llm)
-        rate = num_output_tokens / seconds
-        report.add(record(f"{name}: shared benchmark{how}", llm, rate, "output tokens/s") | load)
+        rate = num_output_tokens / shared_seconds(llm)
+        report.add(record(f"{name}: shared benchmark{how}", llm, rate, "output tokens/s"))

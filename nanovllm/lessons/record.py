@@ -181,7 +181,8 @@ def record(chapter: str) -> list[Path]:
         raise RuntimeError("a recording is made on a GPU, and torch finds none here")
     if torch.cuda.device_count() == 1:
         names = [name for name in names if MADE_BY[name] is not ranks]
-    return [write(name, MADE_BY[name]()) for name in names]
+    made = {name: MADE_BY[name]() for name in names}  # all of one commit: a file that is written makes it a dirty one
+    return [write(name, recording) for name, recording in made.items()]
 
 
 def write(name: str, recording: Recording) -> Path:
