@@ -22,8 +22,8 @@ def choose_backend(
 ) -> ModuleType:
     """The backend that a setting means: "auto" is triton on a GPU where its kernels work, and torch everywhere else.
 
-    It is never flash_attn: FlashAttention 3 was no faster at decodes when it was measured (`docs/performance.md`), and
-    blocks of 256 tokens keep the beginnings of short prompts out of the prefix cache.
+    It is never flash_attn: in a run beside ours FlashAttention 2 was a little faster at some decodes, slower at prompts and
+    over all (`docs/performance.md`), and blocks of 256 tokens keep the beginnings of short prompts out of the prefix cache.
     """
     if name != "auto":
         return get_backend(name, device, dtype, block_size, head_dim)
