@@ -152,6 +152,11 @@ Picture()"""
     assert picture.data == {"text/plain": "a picture"}
     assert [cell.id for cell in notebook.cells] == ["picture", "navigation"]
     assert notebook.cells[1].source == navigation("00_quickstart")
+    assert notebook.metadata["nanovllm"] == {
+        "smallest_margin": None,
+        "greedy_choices": 0,
+        "code": guard.digest(notebook),
+    }
 
 
 def test_normalise_keeps_tags_alone():
@@ -196,6 +201,9 @@ def faulty(tmp_path, change) -> list[str]:
     notebook = nbformat.from_dict(new_notebook(cells=cells))
     (tmp_path / "a.png").touch()
     change(notebook)
+    notebook.metadata.setdefault(
+        "nanovllm", {"code": guard.digest(notebook), "greedy_choices": 9, "smallest_margin": 0.02}
+    )
     path = tmp_path / "00_test.ipynb"
     nbformat.write(notebook, path)
     return guard.problems(path)
@@ -253,6 +261,10 @@ FAULTS = {
     "longer than 20 lines": lambda nb: [nb.cells[i].update(source="1\n" * 21 + "1") for i in (2, 4)],
     "has 5 cells": lambda nb: nb.update(cells=nb.cells[:5]),
     "open with a question": lambda nb: nb.cells[0].update(source="import torch"),
+    "code is not what was run": lambda nb: nb.metadata.update(nanovllm={"code": "another"}),
+    "a margin of 0.009": lambda nb: nb.metadata.update(
+        nanovllm={"code": guard.digest(nb), "greedy_choices": 9, "smallest_margin": 0.009}
+    ),
     "bytes; 1,500,000": set_output(data={"image/png": "p" * 1_600_000, "text/plain": "t"}),
 }
 

@@ -1,16 +1,20 @@
 """The saved notebooks: what they promise about themselves, their exercises, and the margins of their greedy choices."""
 
 import ast
+import builtins
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import nbformat
 import pytest
-import torch
 
 from nanovllm.lessons.checks import Verdict
 from nanovllm.lessons.guard import DEEPER, SKIP, problems
+from nanovllm.lessons.margins import margins_of
 from nanovllm.lessons.series import CHAPTERS, GENERATED, NOTEBOOKS
+from tests.conftest import pytest_collection_modifyitems
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 SOLUTION = re.compile(r'<details id="solution-(\d+)">.*?```python\n(.*?)```', re.DOTALL)
@@ -174,33 +178,40 @@ def test_a_wrong_answer_is_told_what_is_wrong(number, answer, words):
     assert repr(result).startswith(f"Exercise {number}: not yet. ") and words in repr(result)
 
 
+@pytest.mark.parametrize("machine, is_skipped", [("x86_64", False), ("arm64", True)])
+def test_outputs_are_compared_where_they_were_saved(monkeypatch, machine, is_skipped):
+    marks = []
+    cell = SimpleNamespace(path=PATHS[0], add_marker=marks.append, get_closest_marker=lambda name: None)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("sys.platform", "linux")
+    pytest_collection_modifyitems([cell])
+    assert ["saved on Linux x86-64" in mark.kwargs["reason"] for mark in marks] == [True] * is_skipped
+
+
 # -- Greedy choices ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_greedy_choices_have_a_margin(path, monkeypatch):
-    """So that another processor, which rounds differently, shows the same tokens."""
-    from nanovllm.engine import model_runner
+def test_greedy_choices_were_looked_at(path):
+    """`test_guard` judges their margins, which were measured when the chapter was saved."""
+    assert read(path).metadata["nanovllm"]["greedy_choices"] > 100
 
-    margins = []
 
-    def recording_sample(logits, batch):
-        best = logits.float().topk(2).values
-        greedy = torch.as_tensor(batch.temperature).flatten() == 0
-        margins.extend((best[:, 0] - best[:, 1])[greedy].tolist())
-        return sample(logits, batch)
-
-    sample = model_runner.sample
-    monkeypatch.setattr(model_runner, "sample", recording_sample)
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # chapter 02 sets it; it is put back for the tests that follow
-    num_threads = torch.get_num_threads()
-    try:
-        namespace: dict = {}
-        for cell in read(path).cells:
-            # an exercise that nobody attempted shows no tokens, and its random model has no margins; what goes deeper
-            # generates nothing, and Triton's interpreter wants a process of its own
-            if cell.cell_type == "code" and not cell.id.startswith(("exercise-", DEEPER)):
-                exec(compile(cell.source, cell.id, "exec"), namespace)
-    finally:
-        torch.set_num_threads(num_threads)
-    assert len(margins) > 100 and min(margins) >= 0.01
+def test_margins(model_path):
+    """The smallest lead of a best logit, of what a notebook decodes greedily; not of exercises and what goes deeper."""
+    cell = f"""
+from nanovllm import LLM, SamplingParams
+llm = LLM({str(model_path)!r}, dtype="float32", device="cpu")
+params = [SamplingParams(temperature=t, max_tokens=5, ignore_eos=True, logprobs=2) for t in (0, 1)]
+answer, other = llm.generate([[1, 2, 3], [7, 8]], params, use_tqdm=False)
+steps = [sorted(step.values())[-2:] for step in answer["logprobs"]]
+print("not shown")
+"""
+    again = "llm.generate([[9, 9]], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)"
+    cells = [nbformat.v4.new_code_cell(cell, id="run"), nbformat.v4.new_code_cell(again, id="exercise-1")]
+    cells += [nbformat.v4.new_code_cell(again, id=f"{DEEPER}more"), nbformat.v4.new_code_cell("KEEP(steps)", id="keep")]
+    kept = []
+    with patch.object(builtins, "KEEP", kept.extend, create=True):
+        found = margins_of(nbformat.v4.new_notebook(cells=cells))
+    assert found["greedy_choices"] == 5
+    assert found["smallest_margin"] == pytest.approx(min(best - second for second, best in kept), abs=1e-3)

@@ -314,8 +314,8 @@ def test_a_rank_that_raises_is_named_with_its_error(llm):
     send = runner.send
 
     def send_nonsense_to_one(*message):
-        runner.connections[1].send(("run", "no inputs"))
         runner.tell(runner.connections[0], pickle.dumps(message))
+        runner.tell(runner.connections[1], pickle.dumps((message[0], "no inputs")))
 
     runner.send = send_nonsense_to_one
     start = time.monotonic()

@@ -71,6 +71,8 @@ def main() -> int:
 
 def execute(path: Path) -> None:
     """Execute a notebook in a fresh kernel and save it, in a form that depends on its content alone."""
+    from nanovllm.lessons.margins import margins_of  # this loads torch
+
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.id in GENERATED:
@@ -80,6 +82,7 @@ def execute(path: Path) -> None:
         notebook, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}, **options
     ).execute()
     normalise(notebook)
+    notebook.metadata["nanovllm"] = margins_of(notebook)
     nbformat.write(notebook, path)
 
 

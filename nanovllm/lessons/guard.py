@@ -1,5 +1,6 @@
 """The guard: what must hold of every saved notebook. It reads the file and runs nothing."""
 
+import hashlib
 import importlib
 import re
 import socket
@@ -12,6 +13,7 @@ from nanovllm.lessons.saving import WIDGET
 
 MAX_BYTES = 1_500_000
 MAX_LINES = 20
+MIN_MARGIN = 0.01  # by which the best logit leads the second best where a chapter decodes greedily
 DEEPER = "deeper-"  # what the id of a cell that may be skipped begins with: not one of the 35 to 55
 SKIP = {"nbval-skip", "nbval-ignore-output"}  # not run at all; run, and not compared
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|work|tmp|Users|usr|opt|mnt|var)/|\b[A-Z]:\\\\|file://")
@@ -31,6 +33,11 @@ def problems(path: Path) -> list[str]:
         found.append("its cells were not executed in order, once each")
     if sum(bool(SKIP & set(cell.metadata.get("tags", []))) for cell in code) > 2:
         found.append("it skips more than two cells")
+    when_run = notebook.metadata.get("nanovllm", {})
+    if when_run.get("code") != digest(notebook):
+        found.append("its code is not what was run when it was saved")
+    elif when_run["greedy_choices"] and when_run["smallest_margin"] < MIN_MARGIN:
+        found.append(f"a greedy choice has a margin of {when_run['smallest_margin']}; {MIN_MARGIN} are needed")
     long = [cell.id for cell in code if len(cell.source.splitlines()) > MAX_LINES]
     if len(long) > 1 or any(len(cell.source.splitlines()) > 40 for cell in code):
         found.append(f"cells {long} are longer than {MAX_LINES} lines; one a chapter may have 40")
@@ -45,6 +52,12 @@ def problems(path: Path) -> list[str]:
             complaints += outputs(cell.outputs)
         found += [f"cell {cell.id}: {complaint}" for complaint in complaints]
     return found
+
+
+def digest(notebook: Any) -> str:
+    """What stands for the code of a notebook."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\n\n".join(code).encode()).hexdigest()[:16]
 
 
 def outputs(cell_outputs: list[Any]) -> list[str]:

@@ -16,13 +16,16 @@ PROMPTS = [[(7 * i + n) % 250 for i in range(n)] for n in (1, 3, 40, 90, 17, 64)
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False])
-def test_two_gpus_answer_as_one(tiny_qwen3_path, enforce_eager):
+@pytest.mark.parametrize("size", [2, 4])  # four heads, two KV heads
+def test_several_gpus_answer_as_one(tiny_qwen3_path, size, enforce_eager):
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
     settings = dict(dtype="float32", device="cuda", num_kv_blocks=100, enforce_eager=enforce_eager)
-    one, two = LLM(tiny_qwen3_path, **settings), LLM(tiny_qwen3_path, tensor_parallel_size=2, **settings)
-    answers = [[a["token_ids"] for a in llm.generate(PROMPTS, GREEDY, use_tqdm=False)] for llm in (one, two)]
+    one, several = LLM(tiny_qwen3_path, **settings), LLM(tiny_qwen3_path, tensor_parallel_size=size, **settings)
+    answers = [[a["token_ids"] for a in llm.generate(PROMPTS, GREEDY, use_tqdm=False)] for llm in (one, several)]
     assert answers[0] == answers[1]
-    assert [rank["device"] for rank in two.engine.model_runner.describe()] == ["cuda:0", "cuda:1"]
-    two.close()
+    assert [rank["device"] for rank in several.engine.model_runner.describe()] == [f"cuda:{i}" for i in range(size)]
+    several.close()
 
 
 def test_two_gpus_overlap_steps(tiny_qwen3_path):
