@@ -224,8 +224,10 @@ def test_the_default_model_on_three_ranks(default_model_path):
         assert holds["traffic"] == {"all_reduce": sums, "all_gather": logits}
 
 
-def test_steps_in_flight_are_answered_in_order(checkpoint):
-    """Chunks of a long prompt: the only steps that need no token of the one before, for which it takes a GPU (tests/gpu)."""
+@pytest.mark.parametrize("asked", [(0, 1, 2), (2,)])
+def test_steps_in_flight_are_told_apart(checkpoint, asked):
+    """Those that failed here are never asked for. Chunks of a long prompt, because they need no tokens of the step before:
+    for others it takes a GPU (tests/gpu)."""
     path, prompt = checkpoint(12), [n % 250 for n in range(40)]
     settings = dict(num_kv_blocks=16, max_num_batched_tokens=16, dtype="float32", device="cpu")
     expected = generate(LLM(path, **settings), [prompt])
@@ -234,9 +236,9 @@ def test_steps_in_flight_are_answered_in_order(checkpoint):
     engine = llm.engine
     batches = [engine.scheduler.schedule() for _ in range(3)]
     launched = [engine.model_runner.launch(batch) for batch in batches]
-    for batch, step, num_sampled in zip(batches, launched, (0, 0, 1), strict=True):
-        token_ids = step.tokens()
-        assert len(token_ids) == num_sampled and step.times["forward"] > 0
+    for i, (batch, step) in enumerate(zip(batches, launched)):
+        token_ids = step.tokens() if i in asked else []
+        assert len(token_ids) == (i == 2) and ("forward" in step.times) == (i in asked)
         engine.scheduler.update(batch, token_ids)
     while llm.has_unfinished_requests():
         answers = llm.step()
@@ -315,7 +317,7 @@ def test_a_rank_that_raises_is_named_with_its_error(llm):
 
     def send_nonsense_to_one(*message):
         runner.tell(runner.connections[0], pickle.dumps(message))
-        runner.tell(runner.connections[1], pickle.dumps((message[0], "no inputs")))
+        runner.tell(runner.connections[1], pickle.dumps((*message[:-1], "no inputs")))
 
     runner.send = send_nonsense_to_one
     start = time.monotonic()
@@ -323,6 +325,48 @@ def test_a_rank_that_raises_is_named_with_its_error(llm):
         generate(llm, [[1, 2, 3]])
     runner.send = send
     assert_ended(llm, start)
+
+
+def test_a_rank_listens_while_it_computes(llm):
+    """Else whoever tells it of the next step would wait for ever, if it waits itself for one that has died."""
+    runner = llm.engine.model_runner
+    os.kill(runner.processes[1].pid, signal.SIGSTOP)
+    llm.add_request([1, 2, 3], GREEDY)
+    step = runner.launch(llm.engine.scheduler.schedule())
+    more_than_a_pipe_holds = pickle.dumps(("nothing", bytes(1 << 24)))
+    telling = threading.Thread(target=runner.tell, args=[runner.connections[0], more_than_a_pipe_holds], daemon=True)
+    telling.start()
+    telling.join(SOON)
+    assert not telling.is_alive()
+    os.kill(runner.processes[1].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by SIGKILL"):
+        step.tokens()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TimeoutError])  # the latter is an OSError, as of a broken pipe
+def test_an_alarm_in_the_middle_of_a_step_ends_the_engine(llm, error):
+    """What the ranks have answered meanwhile would be taken for the answer to the next question."""
+
+    def ring(signum, frame):
+        raise error("time is up")
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(error, match="time is up"):
+            generate(llm, [[1, 2, 3]] * 8, ENDLESS)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert_ended(llm, time.monotonic())
+
+
+def test_another_thread_closes_the_engine(llm):
+    closing = threading.Timer(0.5, llm.engine.close)
+    closing.start()
+    with pytest.raises(RuntimeError, match="this engine has been closed"):
+        generate(llm, [[1, 2, 3]] * 8, ENDLESS)
+    closing.join()
+    assert_ended(llm, time.monotonic())
 
 
 def test_a_broken_checkpoint_is_the_users_error_and_leaves_no_process(model_path, tmp_path):

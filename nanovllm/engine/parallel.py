@@ -12,8 +12,10 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,8 +74,8 @@ def check_shares(hf_config: PretrainedConfig, size: int) -> None:
 class RemoteStep:
     """A step that all ranks have been told of."""
 
-    def __init__(self, runner: "ParallelRunner") -> None:
-        self._runner = runner
+    def __init__(self, runner: "ParallelRunner", number: int) -> None:
+        self._runner, self._number = runner, number
         self.logprobs: dict[int, dict[int, float]] = {}
         self.times: dict[str, float] = {}
         self.graph: dict[str, int] | None = None
@@ -84,7 +86,7 @@ class RemoteStep:
         A rank says nothing of a step before it is asked: if it did, one whose answer is longer than a pipe holds would
         wait for us to read it, while we wait for it to read of the next step.
         """
-        self._runner.send("tokens")
+        self._runner.send("tokens", self._number)
         token_ids, self.logprobs, self.times, self.graph = self._runner.receive()[0]
         return token_ids
 
@@ -109,6 +111,7 @@ class ParallelRunner:
                 "lower it, or use device='cpu' or torchrun"
             )
         self.collector: InputCollector = InputCollector(config.max_num_seqs)
+        self._numbers: Iterator[int] = count()  # of steps
         self.failure: str | None = None
         self.processes: list[subprocess.Popen] = []
         self.connections: list[Connection] = []
@@ -167,8 +170,9 @@ class ParallelRunner:
 
     def launch(self, batch: Batch) -> RemoteStep:
         """Start a step on all ranks, as `ModelRunner.launch` does on one."""
-        self.send("run", self.collector.collect(batch))
-        return RemoteStep(self)
+        number = next(self._numbers)
+        self.send("run", number, self.collector.collect(batch))
+        return RemoteStep(self, number)
 
     def describe(self) -> list[dict[str, Any]]:
         """What each rank holds and has exchanged so far: see `ModelRunner.describe`."""
@@ -181,25 +185,41 @@ class ParallelRunner:
         if self.failure is not None:
             raise RuntimeError(self.failure)
         data = pickle.dumps(message)
-        for connection in self.connections:
-            self.tell(connection, data)
+        with self.whole_exchange():
+            for connection in self.connections:
+                self.tell(connection, data)
 
     def tell(self, connection: Connection, message: bytes) -> None:
         try:
             connection.send_bytes(message)
-        except OSError:
-            self.fail({})
+        except ConnectionError as error:
+            self.fail({}, Report(self.connections.index(connection), 0.0, f"does not listen any more: {error}"))
 
     def receive(self) -> list[Any]:
         """All ranks' answers to a question."""
         if self.failure is not None:
             raise RuntimeError(self.failure)
         answers: dict[int, Any] = {}
-        while len(answers) < self.size:
-            answers |= self.hear(answers)
-            if reports := {rank: answer for rank, answer in answers.items() if isinstance(answer, Report)}:
-                self.fail(reports)
+        with self.whole_exchange():
+            while len(answers) < self.size:
+                answers |= self.hear(answers)
+                if reports := {rank: answer for rank, answer in answers.items() if isinstance(answer, Report)}:
+                    self.fail(reports)
         return [answers[rank] for rank in range(self.size)]
+
+    @contextmanager
+    def whole_exchange(self) -> Iterator[None]:
+        """An exception in the middle of it, as from an alarm's handler, ends this engine: who has heard what is not known."""
+        try:
+            yield
+        except BaseException as error:
+            closed = (
+                self.failure if isinstance(error, OSError) else None
+            )  # by another thread, and its connections with it
+            self.close()
+            if closed is not None:
+                raise RuntimeError(closed) from None
+            raise
 
     def hear(self, heard: Collection[int], timeout: float | None = None) -> dict[int, Any]:
         """Wait until a rank that is not among `heard` says something, or several do; a `Report` is from one that failed."""
@@ -209,20 +229,24 @@ class ParallelRunner:
             rank = self.connections.index(connection)  # type: ignore[arg-type]
             try:
                 answers[rank] = connection.recv()  # type: ignore[union-attr, call-arg]
-            except (EOFError, OSError):
-                if self.failure is not None:  # another thread has closed this engine
-                    raise RuntimeError(self.failure) from None
+            except (EOFError, ConnectionError):
                 answers[rank] = Report(rank, -1.0, self.obituary(rank))  # before any error, which it may have caused
         return answers
 
     # -- When it ends --------------------------------------------------------------------------------------------------
 
-    def fail(self, reports: dict[int, Report]) -> NoReturn:
-        """A rank has failed. Others then do, too: hear them all, for a short while, and name the one that was first."""
+    def fail(self, reports: dict[int, Report], otherwise: Report | None = None) -> NoReturn:
+        """A rank has failed. Others then do, too: hear them all, for a short while, and name the one that was first.
+
+        If none has anything to say, it was `otherwise`.
+        """
+        if self.failure is not None:  # another thread has closed this engine
+            raise RuntimeError(self.failure)
         deadline = time.monotonic() + PATIENCE
         while len(reports) < self.size and (left := deadline - time.monotonic()) > 0:
             reports |= {rank: answer for rank, answer in self.hear(reports, left).items() if isinstance(answer, Report)}
-        first = min(reports.values(), key=lambda report: report.when)
+        first = min(reports.values(), key=lambda report: report.when, default=otherwise)
+        assert first is not None
         self.close()
         self.failure = f"rank {first.rank} of {self.size} {first.text}; this engine has ended, make a new LLM"
         raise ValueError(first.text) if first.is_users else RuntimeError(self.failure)
@@ -255,4 +279,5 @@ def end(processes: list[subprocess.Popen], connections: list[Connection], logs: 
     for process in processes:
         process.kill()
     for process in processes:
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # one that hangs in a driver does not even die
+            process.wait(10 * PATIENCE)

@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,19 +47,24 @@ def serve(connection: Connection, rank: int, config: Config, path: Path, store: 
         ranks = join(rank, config, store)
         runner = ModelRunner(config, load_hf_config(path), path, ranks)
         connection.send((runner.num_blocks, runner.dtype, runner.device_name, runner.memory, runner.can_overlap))
-        launched: deque[LaunchedStep] = deque()  # the oldest first
+        messages: SimpleQueue[Any] = SimpleQueue()
+        threading.Thread(target=listen, args=[connection, messages], daemon=True).start()
+        launched: dict[int, LaunchedStep] = {}
         while True:
-            match connection.recv():
-                case ("run", inputs):
-                    launched.append(runner.run(inputs))
-                case ("tokens",):  # of the oldest; every rank waits for them, and so learns if its GPU has failed
-                    step = launched.popleft()
+            match messages.get():
+                case ("run", number, inputs):
+                    launched[number] = runner.run(inputs)
+                case ("tokens", number):  # every rank waits for them, and so learns if its GPU has failed
+                    step = launched.pop(number)
                     token_ids = step.tokens()
                     connection.send((token_ids, step.logprobs, step.times, step.graph) if rank == 0 else None)
+                    launched = {n: later for n, later in launched.items() if n > number}  # for others nobody will ask
                 case ("describe",):
                     connection.send(runner.describe())
-    except EOFError:
-        return 0
+                case None:
+                    return 0
+                case Exception() as error:
+                    raise error
     except Exception as error:
         when = time.time()
         if runner is None and isinstance(error, ValueError):  # of a checkpoint or a setting, not ours
@@ -68,6 +74,20 @@ def serve(connection: Connection, rank: int, config: Config, path: Path, store: 
         with suppress(OSError):  # nobody may be there to be told
             connection.send(report)
         return 1
+
+
+def listen(connection: Connection, messages: "SimpleQueue[Any]") -> None:
+    """Take in what is said, also while a step computes: whoever speaks must not wait for a rank that may never hear it.
+
+    None comes last, when the other end has closed the pipe; an exception, if something that was said makes no sense.
+    """
+    try:
+        while True:
+            messages.put(connection.recv())
+    except (EOFError, ConnectionError):
+        messages.put(None)
+    except Exception as error:
+        messages.put(error)
 
 
 def join(rank: int, config: Config, store: str | None) -> Ranks:
