@@ -275,9 +275,8 @@ def test_one_rank_and_two(monkeypatch):
     sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
     tiny = gpu.QWEN3 | sizes | dict(num_key_value_heads=2, head_dim=16, eos_token_id=1)
     settings = dict(device="cpu", max_model_len=256, num_kv_blocks=64, max_num_batched_tokens=128, max_num_seqs=8)
-    changes = dict(
-        MODELS={"tiny": tiny}, SETTINGS=settings, BATCH_SIZES=(1, 3), CONTEXT_LEN=20, PREFILL=(2, 20), ROUNDS=4
-    )
+    changes = dict(MODELS={"tiny": tiny}, SETTINGS=settings, BATCH_SIZES=(1, 3), CONTEXT_LEN=20, PREFILL=(2, 20))
+    changes |= dict(ROUNDS=4, SHARED_ROUNDS=1)
     for name, value in changes.items():
         monkeypatch.setattr(ranks, name, value)
     for module in (gpu, ranks):
@@ -294,6 +293,16 @@ def test_one_rank_and_two(monkeypatch):
     expected = [f"tiny on {n}: {part}" for n in ("1 GPU", "2 GPUs") for part in parts]
     assert [record["measurement"] for record in report.records] == expected
     assert all(record["value"] > 0 for record in report.records)
+
+    def llm(path, tensor_parallel_size, **settings):
+        if tensor_parallel_size == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return LLM(path, tensor_parallel_size=tensor_parallel_size, **settings)
+
+    monkeypatch.setattr(ranks, "LLM", llm)
+    report = Report()
+    ranks.measure_ranks(report)
+    assert [record["measurement"] for record in report.records] == expected[5:], "two hold what one cannot"
 
 
 @pytest.mark.gpu

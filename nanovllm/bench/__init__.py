@@ -4,11 +4,11 @@
     kernels.py    attention, backend by backend, and the sampler, on their own
     profile.py    where a step's time goes
     ranks.py      several GPUs, if there are
+    serving.py    on either: many requests, against transformers' `generate` and `generate_batch`
 
-and, where there is none, on a CPU:
+and, where there is no GPU:
 
     steps.py      a step of the engine against the bare matrix products in it, and where its time goes
-    serving.py    many requests, against transformers' `generate` and `generate_batch`
     planning.py   what it costs to plan a step of many sequences
     tracing.py    what it costs to record a trace
     memory.py     peak memory
@@ -81,14 +81,16 @@ def run(
     """
     report = Report(out)
     with ExitStack() as stack:
-        if model is None and load_format == "dummy" and torch.cuda.is_available():
+        is_family = model is None and load_format == "dummy" and torch.cuda.is_available()
+        if is_family:
             path = stack.enter_context(qwen3_folder())
         else:
             path = resolve_model(None if model is None else str(model))
         report.add(environment(path, load_format))
         if torch.cuda.is_available():
             measure_gpu(report, path, load_format, size)
-            measure_ranks(report)
+            if is_family:
+                measure_ranks(report)  # models of its own, a large one, too
         else:
             measure_cpu(report, path, load_format, size, only_trace)
     print()

@@ -57,10 +57,10 @@ SETTINGS: dict[str, Any] = dict(max_model_len=4096, max_num_batched_tokens=16_38
 
 
 @contextmanager
-def qwen3_folder(sizes: dict[str, Any] = QWEN3) -> Iterator[Path]:
-    """A folder with such sizes, those of Qwen3-0.6B unless others are given, and no weights: for `load_format="dummy"`."""
+def qwen3_folder(name: str = "Qwen3-0.6B", sizes: dict[str, Any] = QWEN3) -> Iterator[Path]:
+    """A folder with the sizes of a model and no weights, for `load_format="dummy"`."""
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "Qwen3-0.6B-sizes"
+        path = Path(folder) / f"{name}-sizes"
         path.mkdir()
         (path / "config.json").write_text(json.dumps(sizes))
         yield path
