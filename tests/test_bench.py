@@ -296,7 +296,7 @@ def test_one_rank_and_two(monkeypatch):
 
     def llm(path, tensor_parallel_size, **settings):
         if tensor_parallel_size == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return LLM(path, tensor_parallel_size=tensor_parallel_size, **settings)
 
     monkeypatch.setattr(ranks, "LLM", llm)

@@ -310,14 +310,20 @@ def test_a_rank_killed_inside_a_step(llm, rank):
     assert_ended(llm, killed[0])
 
 
-def test_a_rank_that_raises_is_named_with_its_error(llm):
-    """Only it: the other waits for it in an exchange, and fails a little later because it is gone."""
+@pytest.mark.parametrize("other", ["fails", "aborts"])
+def test_a_rank_that_raises_is_named_with_its_error(llm, other):
+    """Only it: the other waits for it in an exchange, and fails a little later because it is gone; NCCL's aborts itself."""
     runner = llm.engine.model_runner
     send = runner.send
 
     def send_nonsense_to_one(*message):
         runner.tell(runner.connections[0], pickle.dumps(message))
         runner.tell(runner.connections[1], pickle.dumps((*message[:-1], "no inputs")))
+        if other == "aborts":
+            os.kill(runner.processes[0].pid, signal.SIGSTOP)  # so that it says nothing before
+            time.sleep(0.5)
+            os.kill(runner.processes[0].pid, signal.SIGABRT)
+            os.kill(runner.processes[0].pid, signal.SIGCONT)
 
     runner.send = send_nonsense_to_one
     start = time.monotonic()

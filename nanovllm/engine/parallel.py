@@ -230,7 +230,7 @@ class ParallelRunner:
             try:
                 answers[rank] = connection.recv()  # type: ignore[union-attr, call-arg]
             except (EOFError, ConnectionError):
-                answers[rank] = Report(rank, -1.0, self.obituary(rank))  # before any error, which it may have caused
+                answers[rank] = self.obituary(rank)
         return answers
 
     # -- When it ends --------------------------------------------------------------------------------------------------
@@ -251,19 +251,24 @@ class ParallelRunner:
         self.failure = f"rank {first.rank} of {self.size} {first.text}; this engine has ended, make a new LLM"
         raise ValueError(first.text) if first.is_users else RuntimeError(self.failure)
 
-    def obituary(self, rank: int) -> str:
-        """How a rank died that has not said why."""
+    def obituary(self, rank: int) -> Report:
+        """How a rank died that has not said why: before any error that was reported, for it may have caused that.
+
+        Only if it aborted itself it was not the first: NCCL does that to a process whose partner has failed.
+        """
+        first, now = -1.0, time.time()
         if rank >= len(self.processes):
-            return "has closed its connection"
+            return Report(rank, first, "has closed its connection")
         try:
             code = self.processes[rank].wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            return "has closed its pipe"
+            return Report(rank, first, "has closed its pipe")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         log = self.logs[rank]
         log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL))
         written = log.read().decode(errors="replace").strip()
-        return f"{how}; the last that it wrote:\n{written}\n" if written else how
+        text = f"{how}; the last that it wrote:\n{written}\n" if written else how
+        return Report(rank, now if code == -signal.SIGABRT else first, text)
 
     @interrupts_deferred()
     def close(self) -> None:
