@@ -8,11 +8,13 @@ import pickle
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from multiprocessing.connection import Pipe
 
 import psutil
 import pytest
@@ -357,12 +359,70 @@ def test_an_alarm_in_the_middle_of_a_step_ends_the_engine(llm, error):
         raise error("time is up")
 
     previous = signal.signal(signal.SIGALRM, ring)
+    os.kill(llm.engine.model_runner.processes[1].pid, signal.SIGSTOP)  # so that the alarm finds us waiting
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.5)
         with pytest.raises(error, match="time is up"):
             generate(llm, [[1, 2, 3]] * 8, ENDLESS)
     finally:
         signal.signal(signal.SIGALRM, previous)
+    assert_ended(llm, time.monotonic())
+
+
+def test_a_close_that_was_cut_short(llm):
+    runner = llm.engine.model_runner
+    os.kill(runner.processes[1].pid, signal.SIGSTOP)  # one that does not notice that we are gone
+    close = runner.logs[0].close
+    runner.logs[0].close = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        runner.close()
+    runner.logs[0].close = close
+    runner.close()
+    assert not any(psutil.pid_exists(process.pid) for process in runner.processes)
+    assert all(log.closed for log in runner.logs)
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_an_alarm_between_question_and_answer(llm, moment):
+    """It ends the engine, too: no answer is taken for that to another question."""
+    runner = llm.engine.model_runner
+    send, receive, rings = runner.send, runner.receive, [True]
+
+    def ring():
+        if rings:
+            rings.clear()
+            raise ValueError("time is up")
+
+    def noisy_send(*message):
+        if message[0] == "tokens" and moment == "before":
+            ring()
+        send(*message)
+
+    def noisy_receive():
+        if moment == "between":
+            ring()
+        answers = receive()
+        ring()
+        return answers
+
+    runner.send, runner.receive = noisy_send, noisy_receive
+    with pytest.raises(ValueError, match="time is up"):
+        generate(llm, [[1, 2, 3]])
+    with pytest.raises(RuntimeError, match="has been closed"):
+        generate(llm, [[1, 2, 3]])
+    assert_ended(llm, time.monotonic())
+
+
+def test_a_rank_killed_in_the_middle_of_an_answer(llm):
+    runner = llm.engine.model_runner
+    ours, theirs = Pipe()
+    os.write(theirs.fileno(), struct.pack("!i", 40_000) + b"the beginning")
+    theirs.close()
+    runner.connections[0].close()
+    runner.connections[0] = ours
+    os.kill(runner.processes[0].pid, signal.SIGRTMIN)  # a signal without a name
+    with pytest.raises(RuntimeError, match=f"rank 0 of 2 was killed by (SIGRTMIN|signal {int(signal.SIGRTMIN)})"):
+        runner.receive()
     assert_ended(llm, time.monotonic())
 
 
@@ -406,6 +466,7 @@ def test_close_waits_for_nobody_and_is_not_cut_short(llm):
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         llm.close()
+    first.kill = kill
     assert time.monotonic() - start < 2
     assert not any(psutil.pid_exists(process.pid) for process in runner.processes)
     assert all(log.closed for log in runner.logs)

@@ -86,8 +86,7 @@ class RemoteStep:
         A rank says nothing of a step before it is asked: if it did, one whose answer is longer than a pipe holds would
         wait for us to read it, while we wait for it to read of the next step.
         """
-        self._runner.send("tokens", self._number)
-        token_ids, self.logprobs, self.times, self.graph = self._runner.receive()[0]
+        token_ids, self.logprobs, self.times, self.graph = self._runner.ask("tokens", self._number)[0]
         return token_ids
 
 
@@ -116,7 +115,7 @@ class ParallelRunner:
         self.processes: list[subprocess.Popen] = []
         self.connections: list[Connection] = []
         self.logs: list[Any] = []  # what the processes have written
-        self._end: weakref.finalize = weakref.finalize(self, end, self.processes, self.connections, self.logs)
+        weakref.finalize(self, end, self.processes, self.connections, self.logs)  # if nobody closes it
         try:
             with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
                 if is_torchrun():
@@ -177,8 +176,13 @@ class ParallelRunner:
     def describe(self) -> list[dict[str, Any]]:
         """What each rank holds and has exchanged so far: see `ModelRunner.describe`."""
         with interrupts_deferred():
-            self.send("describe")
-            return [description for (description,) in self.receive()]
+            return [description for (description,) in self.ask("describe")]
+
+    def ask(self, *question: Any) -> list[Any]:
+        """All ranks' answers to a question."""
+        with self.whole_exchange():
+            self.send(*question)
+            return self.receive()
 
     def send(self, *message: Any) -> None:
         """Tell all ranks the same."""
@@ -196,15 +200,12 @@ class ParallelRunner:
             self.fail({}, Report(self.connections.index(connection), 0.0, f"does not listen any more: {error}"))
 
     def receive(self) -> list[Any]:
-        """All ranks' answers to a question."""
-        if self.failure is not None:
-            raise RuntimeError(self.failure)
+        """One answer of each rank."""
         answers: dict[int, Any] = {}
-        with self.whole_exchange():
-            while len(answers) < self.size:
-                answers |= self.hear(answers)
-                if reports := {rank: answer for rank, answer in answers.items() if isinstance(answer, Report)}:
-                    self.fail(reports)
+        while len(answers) < self.size:
+            answers |= self.hear(answers)
+            if reports := {rank: answer for rank, answer in answers.items() if isinstance(answer, Report)}:
+                self.fail(reports)
         return [answers[rank] for rank in range(self.size)]
 
     @contextmanager
@@ -213,11 +214,11 @@ class ParallelRunner:
         try:
             yield
         except BaseException as error:
-            closed = (
-                self.failure if isinstance(error, OSError) else None
-            )  # by another thread, and its connections with it
+            closed = self.failure
             self.close()
-            if closed is not None:
+            if closed is not None and isinstance(
+                error, (EOFError, OSError)
+            ):  # another thread has closed it, and its connections
                 raise RuntimeError(closed) from None
             raise
 
@@ -229,7 +230,9 @@ class ParallelRunner:
             rank = self.connections.index(connection)  # type: ignore[arg-type]
             try:
                 answers[rank] = connection.recv()  # type: ignore[union-attr, call-arg]
-            except (EOFError, ConnectionError):
+            except (EOFError, OSError) as error:
+                if self.failure is not None or isinstance(error, TimeoutError):  # not the rank's: see whole_exchange
+                    raise
                 answers[rank] = self.obituary(rank)
         return answers
 
@@ -263,7 +266,8 @@ class ParallelRunner:
             code = self.processes[rank].wait(PATIENCE)
         except subprocess.TimeoutExpired:
             return Report(rank, first, "has closed its pipe")
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        names = {number.value: number.name for number in signal.Signals}
+        how = f"was killed by {names.get(-code, f'signal {-code}')}" if code < 0 else f"ended with exit code {code}"
         log = self.logs[rank]
         log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL))
         written = log.read().decode(errors="replace").strip()
@@ -272,17 +276,17 @@ class ParallelRunner:
 
     @interrupts_deferred()
     def close(self) -> None:
-        """End all ranks. Twice is fine."""
+        """End all ranks. Twice is fine, also after a first time that was cut short."""
         self.failure = self.failure or "this engine has been closed; make a new LLM"
-        self._end()
+        end(self.processes, self.connections, self.logs)
 
 
 def end(processes: list[subprocess.Popen], connections: list[Connection], logs: list[Any]) -> None:
-    """Close the connections, upon which a rank ends, and kill those of this process: one may hang, and none has to tidy."""
-    for file in [*connections, *logs]:
-        file.close()
+    """Kill the ranks that are ours: one may hang, and none has to tidy. Others end when their connections are closed."""
     for process in processes:
         process.kill()
+    for file in [*connections, *logs]:
+        file.close()
     for process in processes:
         with suppress(subprocess.TimeoutExpired):  # one that hangs in a driver does not even die
             process.wait(10 * PATIENCE)
