@@ -20,8 +20,8 @@ from nanovllm.layers.sampler import sample as plain_sample
 from nanovllm.layers.sampler import uniform_numbers
 
 DEVICE = "cpu" if interpreter.IS_ON or not torch.cuda.is_available() else "cuda"
-somewhere = pytest.mark.skipif(not interpreter.IS_ON, reason="needs the interpreter, or a GPU")
-somewhere = pytest.mark.gpu if DEVICE == "cuda" else somewhere
+in_the_interpreter = pytest.mark.skipif(not interpreter.IS_ON, reason="needs the interpreter, or a GPU")
+somewhere = pytest.mark.gpu if DEVICE == "cuda" else in_the_interpreter
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 pytestmark = pytest.mark.usefixtures("seeded")
 

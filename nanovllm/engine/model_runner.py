@@ -85,9 +85,8 @@ class ModelRunner:
         self.has_sampling_kernel = self.device.type == "cuda" and fused_layers() is not None  # Triton works here
         # The torch backend plans with numbers that it reads back from the GPU, which a graph cannot.
         has_graphs = self.has_sampling_kernel and backend is not torch_attention and not config.enforce_eager
-        has_graphs = bool(
-            self.ranks.smallest(int(has_graphs), self.device)
-        )  # all ranks or none: they talk inside of graphs
+        # All ranks or none: they talk inside of graphs.
+        has_graphs = bool(self.ranks.smallest(int(has_graphs), self.device))
 
         shape = (config.block_size, *heads[1:])
         self.bytes_per_block = block_bytes(len(attention), *shape, self.dtype)

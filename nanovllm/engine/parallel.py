@@ -216,10 +216,8 @@ class ParallelRunner:
         except BaseException as error:
             closed = self.failure
             self.close()
-            if closed is not None and isinstance(
-                error, (EOFError, OSError)
-            ):  # another thread has closed it, and its connections
-                raise RuntimeError(closed) from None
+            if closed is not None and isinstance(error, (EOFError, OSError)):
+                raise RuntimeError(closed) from None  # another thread has closed it, and its connections
             raise
 
     def hear(self, heard: Collection[int], timeout: float | None = None) -> dict[int, Any]:
