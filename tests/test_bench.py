@@ -279,8 +279,7 @@ def test_one_rank_and_two(monkeypatch):
     changes |= dict(ROUNDS=4, SHARED_ROUNDS=1)
     for name, value in changes.items():
         monkeypatch.setattr(ranks, name, value)
-    for module in (gpu, ranks):
-        monkeypatch.setattr(module, "shared_workload", lambda: ([[1, 2, 3]] * 4, [5] * 4))
+    monkeypatch.setattr(gpu, "shared_workload", lambda: ([[1, 2, 3]] * 4, [5] * 4))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
 
     report = Report()

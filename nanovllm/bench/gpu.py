@@ -9,7 +9,7 @@ alone is a little faster, so a step may come out slightly below its floor.)
 import json
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -120,9 +120,7 @@ def measure_shared(report: Report, llm: LLM) -> None:
         report.progress(f"shared benchmark, run {i + 1} of 3")
         with watch_others() as load:
             seconds.append(shared_seconds(llm))
-    rate = sum(shared_workload()[1]) / min(seconds)
-    all_runs = [round(s, 2) for s in seconds]
-    report.add(record("shared benchmark", llm, rate, "output tokens/s") | {"seconds": all_runs} | load)
+    report.add(shared_record("shared benchmark", llm, seconds) | load)
 
 
 def shared_seconds(llm: LLM) -> float:
@@ -133,6 +131,12 @@ def shared_seconds(llm: LLM) -> float:
     start = perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
     return perf_counter() - start
+
+
+def shared_record(name: str, llm: LLM, seconds: list[float]) -> dict[str, Any]:
+    """The best of some runs of it."""
+    rate = sum(shared_workload()[1]) / min(seconds)
+    return record(name, llm, rate, "output tokens/s") | {"seconds": [round(s, 2) for s in seconds]}
 
 
 def measure_decode_steps(
@@ -166,9 +170,8 @@ def measure_prefill(report: Report, llm: LLM, size: "Size", limits: tuple[float,
     report.progress(f"prefill of {num_prompts} x {prompt_len} tokens")
     step = partial(prefill_seconds, llm, num_prompts, prompt_len, random.Random(1))
     with watch_others() as load:
-        times = [step() for _ in range(3 + size.step_rounds)]
+        seconds = warm_median(step, size.step_rounds)
         profile = where_time_goes(step)
-    seconds = statistics.median(times[3:])
     share = 100 * prefill_operations(llm, num_prompts, prompt_len) / seconds / limits[1]
     name = f"prefill, {num_prompts} x {prompt_len} tokens"
     report.add(
@@ -194,14 +197,21 @@ def measure_first_token(report: Report, llm: LLM, size: "Size", prompt_len: int 
     """From a prompt to its first token, with nothing else to do, in milliseconds."""
     report.progress("first token")
     generator, params = random.Random(2), SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-    times = []
+
+    def call() -> float:
+        prompt = random_prompt(llm, prompt_len, generator)
+        start = perf_counter()
+        llm.generate([prompt], params, use_tqdm=False)
+        return perf_counter() - start
+
     with watch_others() as load:
-        for _ in range(3 + size.step_rounds):
-            prompt = random_prompt(llm, prompt_len, generator)
-            start = perf_counter()
-            llm.generate([prompt], params, use_tqdm=False)
-            times.append(1000 * (perf_counter() - start))
-    report.add(record(f"first token of {prompt_len}", llm, statistics.median(times[3:]), "ms") | load)
+        milliseconds = 1000 * warm_median(call, size.step_rounds)
+    report.add(record(f"first token of {prompt_len}", llm, milliseconds, "ms") | load)
+
+
+def warm_median(seconds: Callable[[], float], rounds: int) -> float:
+    """The median of what some rounds take, after three to warm up."""
+    return statistics.median([seconds() for _ in range(3 + rounds)][3:])
 
 
 def record(measurement: str, llm: LLM, value: float, unit: str) -> dict[str, Any]:

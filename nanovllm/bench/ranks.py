@@ -5,7 +5,7 @@ of them wait for the same plan.
 """
 
 import random
-import statistics
+from functools import partial
 
 import torch
 
@@ -16,9 +16,10 @@ from nanovllm.bench.gpu import (
     prefill_seconds,
     qwen3_folder,
     record,
+    shared_record,
     shared_seconds,
-    shared_workload,
     step_seconds,
+    warm_median,
 )
 from nanovllm.bench.report import Report
 from nanovllm.bench.steps import decoding
@@ -77,11 +78,11 @@ def measure_engine(report: Report, llm: LLM, name: str) -> None:
 
     num_prompts, prompt_len = PREFILL
     report.progress(f"{name}: prefill")
-    times = [prefill_seconds(llm, num_prompts, prompt_len, generator) for _ in range(3 + ROUNDS)]
-    milliseconds = 1000 * statistics.median(times[3:])
+    prefill = partial(prefill_seconds, llm, num_prompts, prompt_len, generator)
+    milliseconds = 1000 * warm_median(prefill, ROUNDS)
     report.add(record(f"{name}: prefill, {num_prompts} x {prompt_len} tokens", llm, milliseconds, "ms"))
 
-    num_output_tokens, overlap = sum(shared_workload()[1]), llm.engine.overlap
+    overlap = llm.engine.overlap
     seconds: dict[str, list[float]] = {"": [], ", without overlap": []}
     for _ in range(SHARED_ROUNDS):
         for how in seconds:
@@ -89,5 +90,4 @@ def measure_engine(report: Report, llm: LLM, name: str) -> None:
             llm.engine.overlap = None if how else overlap
             seconds[how].append(shared_seconds(llm))
     for how, runs in seconds.items():
-        rate, all_runs = num_output_tokens / min(runs), [round(s, 2) for s in runs]
-        report.add(record(f"{name}: shared benchmark{how}", llm, rate, "output tokens/s") | {"seconds": all_runs})
+        report.add(shared_record(f"{name}: shared benchmark{how}", llm, runs))
