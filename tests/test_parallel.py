@@ -589,18 +589,22 @@ def execute(client, code: str) -> dict:
     return client.execute_interactive(code, timeout=60, output_hook=lambda message: None)["content"]
 
 
-def test_two_torchrun_nodes(model_path, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_two_torchrun_nodes(model_path, tmp_path, device):
     """Two hosts as far as torchrun knows, one rank each. The first is where the script goes on."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    settings = dict(num_kv_blocks=64, device=device, dtype="float32")
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(f"""
             from nanovllm import LLM, SamplingParams
             print("starts")
-            llm = LLM({str(model_path)!r}, num_kv_blocks=64, device="cpu", tensor_parallel_size=2)
+            llm = LLM({str(model_path)!r}, **{settings}, tensor_parallel_size=2)
             answer = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False)
             print(answer[0]["token_ids"])
             llm.close()
             try:
-                LLM({str(model_path)!r}, num_kv_blocks=64, device="cpu", tensor_parallel_size=2)
+                LLM({str(model_path)!r}, **{settings}, tensor_parallel_size=2)
             except RuntimeError as error:
                 print(error)
             """))
@@ -609,10 +613,16 @@ def test_two_torchrun_nodes(model_path, tmp_path):
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test"]
     torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", str(script)]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     nodes = [
-        subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        for _ in range(2)
+        subprocess.Popen(
+            torchrun,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"CUDA_VISIBLE_DEVICES": its_gpu},
+        )
+        for its_gpu in ("0", "1")
     ]
     try:
         outputs = [node.communicate(timeout=90) for node in nodes]
@@ -620,6 +630,6 @@ def test_two_torchrun_nodes(model_path, tmp_path):
         for node in nodes:
             node.terminate()
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    expected = generate(LLM(model_path, num_kv_blocks=64, device="cpu"), [[1, 2, 3]])[0]
+    expected = generate(LLM(model_path, **settings), [[1, 2, 3]])[0]
     refusal = "under torchrun a script makes one LLM: the other ranks ended with the first"
     assert sorted(stdout for stdout, _ in outputs) == ["starts\n", f"starts\n{expected}\n{refusal}\n"]

@@ -108,7 +108,11 @@ class LLMEngine:
                 raise ValueError("this model's folder has no tokenizer; give the prompt as token ids")
             token_ids = self.tokenizer.encode(prompt)
         elif isinstance(prompt, (list, tuple)):
-            token_ids = [self._check_token_id(f"prompt[{i}]", token_id) for i, token_id in enumerate(prompt)]
+            # Long prompts are many ids: one by one only if that is not clear from three looks at all of them.
+            if set(map(type, prompt)) == {int} and 0 <= min(prompt) and max(prompt) < self.vocab_size:
+                token_ids = list(prompt)
+            else:
+                token_ids = [self._check_token_id(f"prompt[{i}]", token_id) for i, token_id in enumerate(prompt)]
         else:
             raise TypeError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}")
         for token_id in params.stop_token_ids:

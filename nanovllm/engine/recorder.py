@@ -12,7 +12,7 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.trace import BlockEvent, Pool, Scheduled, Step, Trace, TracedRequest
+from nanovllm.engine.trace import BlockEvent, Pool, Step, Trace, TracedRequest, scheduled_share
 
 
 class Recorder:
@@ -62,7 +62,9 @@ class Recorder:
             Step(
                 index=len(trace.steps),
                 start=trace.now() - seconds,
-                scheduled=[Scheduled(s.seq.id, s.num_new_tokens, s.num_computed_tokens) for s in batch.scheduled],
+                scheduled=[
+                    scheduled_share((s.seq.id, s.num_new_tokens, s.num_computed_tokens)) for s in batch.scheduled
+                ],
                 waiting=[seq.id for seq in self.scheduler.waiting],
                 preempted=[seq.id for seq in batch.preempted],
                 finished=[seq.id for seq in finished],
