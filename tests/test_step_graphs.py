@@ -12,6 +12,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import cuda_graphs
 from nanovllm.engine.overlap import Overlap
+from nanovllm.engine.step_inputs import IN_FLIGHT
 from tests import flash_stand_in
 
 
@@ -49,7 +50,7 @@ PROMPTS = [list(range(start, start + n)) for start, n in ((0, 70), (5, 3), (0, 4
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-@pytest.mark.parametrize("budget", [16, 24, 600])  # the last one's prefill is too large for any graph
+@pytest.mark.parametrize("budget", [16, 24, 600])  # the last one takes each prompt whole
 def test_the_same_tokens(replaying, model_path, overlaps, budget):
     """Decodes, chunks, mixed and preempted: each bucket's padding, and prompts that share blocks."""
     plain = LLM(model_path, dtype="float32", device="cpu")
@@ -57,6 +58,26 @@ def test_the_same_tokens(replaying, model_path, overlaps, budget):
     llm = replaying(overlaps, num_kv_blocks=14, max_num_batched_tokens=budget, max_num_seqs=5)
     assert [a["token_ids"] for a in llm.generate(PROMPTS, GREEDY, use_tqdm=False)] == expected
     assert len(llm.engine.block_manager.free) == 14
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_step_too_large_for_any_graph(replaying, model_path, overlaps):
+    """Long prompts run beside those who decode: the tokens of these are in flight, and looked up without a graph, too."""
+    prompts = [[1, 2, 3], [i % 250 for i in range(900)], [i % 241 for i in range(9, 909)]]
+    plain = LLM(model_path, dtype="float32", device="cpu")
+    expected = [a["token_ids"] for a in plain.generate(prompts, GREEDY, use_tqdm=False)]
+    llm = replaying(overlaps, num_kv_blocks=130, max_num_batched_tokens=600)
+    run, in_flight = llm.engine.model_runner.run, []
+
+    def watched(inputs):
+        launched = run(inputs)
+        if launched.graph is None:
+            in_flight.append(int((inputs.input_ids == IN_FLIGHT).sum()))
+        return launched
+
+    llm.engine.model_runner.run = watched
+    assert [a["token_ids"] for a in llm.generate(prompts, GREEDY, use_tqdm=False)] == expected
+    assert in_flight == ([0, 1, 2] if overlaps else [0, 0, 0])
 
 
 LONG = [[i % 250 for i in range(start, start + n)] for start, n in ((0, 600), (0, 530), (3, 255), (8, 1), (9, 300))]
