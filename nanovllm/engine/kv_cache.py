@@ -44,11 +44,13 @@ def free_memory(device: torch.device) -> int:
 def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device, reserved: int = 0) -> int:
     """The number of blocks: what `num_kv_blocks` says, or as many as the allowed memory holds.
 
-    `reserved` bytes of the free memory are for something else. Raises ValueError if they do not fit in the device's free memory, or are too few for `max_model_len`.
+    `reserved` bytes of the free memory are for something else. Raises ValueError if the blocks do not fit beside them, or
+    are too few for `max_model_len`.
     """
-    free = free_memory(device) - reserved
+    free = max(0, free_memory(device) - reserved)
     if device.type == "cpu":
         free //= config.tensor_parallel_size  # its ranks have one memory
+    is_asked_for = True
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
     elif config.kv_cache_memory is not None:
@@ -56,14 +58,16 @@ def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device, re
     elif device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
         num_blocks = max(0, int(free - (1 - config.gpu_memory_utilization) * total)) // bytes_per_block
+        is_asked_for = False
     else:
         num_blocks = DEFAULT_CPU_MEMORY // bytes_per_block
 
     needed = (num_blocks + 1) * bytes_per_block  # one more for padding
-    if needed > free:
+    if is_asked_for and needed > free:
         raise ValueError(
             f"a KV cache of {num_blocks} blocks needs {needed / 1e9:.2f} GB ({bytes_per_block:,} bytes a block), but "
-            f"{device} has {free / 1e9:.2f} GB free{reserve_of(reserved)}; lower num_kv_blocks or kv_cache_memory, or use dtype='bfloat16'"
+            f"{device} has {free / 1e9:.2f} GB free{reserve_of(reserved)}; lower num_kv_blocks or kv_cache_memory, or use "
+            "dtype='bfloat16'"
         )
     num_blocks_needed = -(-(config.max_model_len or 2) // config.block_size)
     if num_blocks < num_blocks_needed:
@@ -71,7 +75,7 @@ def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device, re
             f"the KV cache has {num_blocks} blocks of {config.block_size} tokens, but one sequence of "
             f"{config.max_model_len or 2} tokens needs {num_blocks_needed} ({num_blocks_needed * bytes_per_block:,} bytes); "
             f"{device} has {free / 1e9:.2f} GB free{reserve_of(reserved)}; raise kv_cache_memory, num_kv_blocks or "
-            "gpu_memory_utilization, or lower max_model_len or max_num_batched_tokens"
+            "gpu_memory_utilization, or lower max_model_len, max_num_batched_tokens or max_num_seqs"
         )
     return num_blocks
 

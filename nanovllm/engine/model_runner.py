@@ -1,5 +1,7 @@
 """The model runner: a scheduled batch becomes tensors, the tensors become logits, the logits become tokens."""
 
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +21,14 @@ from nanovllm.engine.step_inputs import InputCollector, StepInputs
 from nanovllm.kernels import fused_layers, get_backend, torch_attention
 from nanovllm.kernels.check import choose_backend
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.sampler import SamplingBatch, random_bits, sample, top_logprobs, uniform_numbers
+from nanovllm.layers.sampler import (
+    ROWS_AT_A_TIME,
+    SamplingBatch,
+    random_bits,
+    sample,
+    top_logprobs,
+    uniform_numbers,
+)
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.loader import build_model, pieces_of
 from nanovllm.utils.ranks import Ranks
@@ -30,17 +39,14 @@ NO_LOGPROBS = -1  # in the place of how many a request wants
 class LaunchedStep:
     """A step on its way: `tokens()` waits for its result, so that there is time to do something else before."""
 
-    def __init__(self, token_ids: torch.Tensor, logprobs: dict[int, dict[int, float]]) -> None:
-        self._token_ids = token_ids  # [num_sampled]
-        self.logprobs = logprobs  # place among them -> token id -> log-probability, where a request asked for it
+    def __init__(self, token_ids: torch.Tensor, likeliest: list["Likeliest"] | None = None) -> None:
         self.times: dict[str, float] = {}  # seconds for "prepare", "forward" and "sample"
-        self.graph: dict[str, int] | None = (
-            None  # "bucket" and "padding" of the CUDA graph that was replayed, if one was
-        )
+        # "bucket" and "padding" of the CUDA graph that was replayed, if one was
+        self.graph: dict[str, int] | None = None
+        self._token_ids = on_host(token_ids)  # [num_sampled]
+        self._likeliest = likeliest or []
         self._arrived: torch.cuda.Event | None = None
-        if token_ids.is_cuda:  # a copy of its own, which does not wait for what is launched after it
-            self._token_ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-            self._token_ids.copy_(token_ids, non_blocking=True)
+        if token_ids.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
@@ -49,6 +55,45 @@ class LaunchedStep:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._token_ids.tolist()
+
+    @property
+    def logprobs(self) -> dict[int, dict[int, float]]:
+        """Place among the sampled -> token id -> log-probability, where a request asked for it. Not before `tokens()`."""
+        return {place: best for part in self._likeliest for place, best in part.told(self._token_ids)}
+
+
+class Likeliest:
+    """Log-probabilities on their way: of some of a step's tokens, and of the likeliest in their place."""
+
+    def __init__(self, places: np.ndarray, n_best: np.ndarray, logprobs: tuple[torch.Tensor, ...]) -> None:
+        self.places, self.n_best = places.tolist(), n_best.tolist()
+        self.chosen, self.best_ids, self.best = map(on_host, logprobs)
+
+    def told(self, token_ids: torch.Tensor) -> Iterator[tuple[int, dict[int, float]]]:
+        """For each place the likeliest tokens, best first, and the chosen one behind them if it is none of them."""
+        rows = zip(self.places, self.n_best, self.chosen.tolist(), self.best_ids.tolist(), self.best.tolist())
+        for place, n, chosen, best_ids, best in rows:
+            told = dict(zip(best_ids[:n], best[:n]))
+            told.setdefault(int(token_ids[place]), chosen)
+            yield place, told
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that arrives by itself, of what the device will have computed by then, and not of what is launched after it."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def on_its_gpu(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton, CUDA graphs and events take torch's *current* GPU: while `method` runs, that is the one of its runner."""
+
+    @functools.wraps(method)
+    def call(self: "ModelRunner", *args: Any) -> Any:
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):  # -1 changes nothing
+            return method(self, *args)
+
+    return call
 
 
 class ModelRunner:
@@ -61,6 +106,21 @@ class ModelRunner:
     def __init__(self, config: Config, hf_config: PretrainedConfig, path: Path, ranks: Ranks | None = None) -> None:
         self.hf_config, self.ranks = hf_config, ranks or Ranks()
         self.device = resolve_device(config.device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        try:
+            self.build(config, path)
+        except torch.cuda.OutOfMemoryError as error:
+            raise ValueError(
+                f"{self.device} has too little memory for the weights, a step of {config.max_num_batched_tokens} tokens and "
+                "CUDA graphs; lower max_num_batched_tokens, max_num_seqs or kv_cache_memory, set enforce_eager=True, or share "
+                f"the model with tensor_parallel_size ({error})"
+            ) from error
+
+    @on_its_gpu
+    def build(self, config: Config, path: Path) -> None:
+        """The model, the KV cache in what memory is left, and the CUDA graphs."""
+        hf_config = self.hf_config
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self.dtype = resolve_dtype(config.dtype, hf_config, self.device)
         self.block_size = config.block_size
@@ -138,8 +198,11 @@ class ModelRunner:
         positions = torch.arange(num_tokens, device=self.device)
         with use_context(context):
             hidden_states = self.model(torch.zeros_like(positions), positions)
+        # Sampled in the way that takes most: random, from a nucleus so wide that the whole vocabulary must be sorted.
         rows = np.zeros(min(config.max_num_seqs, num_tokens), np.int64)
+        self.temperature[0], self.top_p[0], self.truncates[0] = 1e6, 0.999, True
         self.choose(self.model.compute_logits(hidden_states[: len(rows)]), rows, rows)  # type: ignore[operator]
+        self.temperature[0], self.top_p[0], self.truncates[0] = 0, 0, False
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def capture_graphs(self, config: Config, hf_config: PretrainedConfig) -> StepGraphs:
@@ -167,6 +230,7 @@ class ModelRunner:
         launched.times["prepare"] += collected - start
         return launched
 
+    @on_its_gpu
     @torch.inference_mode()
     def run(self, inputs: StepInputs) -> LaunchedStep:
         """`launch`, once the batch has become numbers. Every rank makes the same call."""
@@ -231,26 +295,29 @@ class ModelRunner:
         """Choose the next token of each sequence that samples."""
         rows = inputs.rows[inputs.samples]  # [num_sampled]
         if not len(rows):  # all are in the middle of a long prompt
-            return LaunchedStep(torch.empty(0, dtype=torch.int64), {})
+            return LaunchedStep(torch.empty(0, dtype=torch.int64))
         last = inputs.ends[inputs.samples] - 1  # [num_sampled]: where each one's last token stands in the batch
         positions = inputs.context_lens[inputs.samples]  # where the new token will stand in its sequence
         (want_logprobs,) = (self.num_logprobs[rows] != NO_LOGPROBS).nonzero()
         is_simple = not self.truncates[rows].any() and not len(want_logprobs)
         if is_simple and self.graphs is not None and self.graphs.samples_at_once(len(rows)):
             bits = random_bits(self.seed[rows], positions).view(np.int64)
-            return LaunchedStep(self.graphs.sample(hidden_states, last, rows, bits), {})
+            return LaunchedStep(self.graphs.sample(hidden_states, last, rows, bits))
 
         logits = self.model.compute_logits(hidden_states[self.to_device(last)])  # type: ignore[operator]  # [num_sampled, vocab_size]
         token_ids = self.choose(logits, rows, positions)
         if self.graphs is not None:
             self.graphs.remember(self.to_device(rows), token_ids)
-        logprobs = {}
-        for i in want_logprobs.tolist():
-            n_best = int(self.num_logprobs[rows[i]])
-            chosen, best_ids, best = top_logprobs(logits[i : i + 1], token_ids[i : i + 1], n_best)
-            logprobs[i] = dict(zip(best_ids[0].tolist(), best[0].tolist()))
-            logprobs[i].setdefault(int(token_ids[i]), chosen.item())
-        return LaunchedStep(token_ids, logprobs)
+        num_rows = ROWS_AT_A_TIME[self.device.type]
+        parts = [want_logprobs[i : i + num_rows] for i in range(0, len(want_logprobs), num_rows)]
+        return LaunchedStep(token_ids, [self.likeliest(logits, token_ids, part, rows[part]) for part in parts])
+
+    def likeliest(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, places: np.ndarray, rows: np.ndarray
+    ) -> Likeliest:
+        """The log-probabilities that the requests in some places of the step want; `rows` are theirs in the tables."""
+        at, n_best = self.to_device(places), self.num_logprobs[rows]
+        return Likeliest(places, n_best, top_logprobs(logits[at], token_ids[at], int(n_best.max())))
 
     def choose(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """A token for each row of the logits, by the settings in `rows` of the tables: `[num_sampled]` int64.
@@ -273,7 +340,7 @@ class ModelRunner:
     def sampling_batch(self, rows: np.ndarray, positions: np.ndarray) -> SamplingBatch:
         """How some rows are sampled, and the random numbers of their new tokens."""
         settings = (self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows])
-        return SamplingBatch.from_host(*settings, uniform_numbers(self.seed[rows], positions), self.device)
+        return SamplingBatch.from_host(*settings, uniform_numbers(self.seed[rows], positions), self.to_device)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         return copied(array, self.device) if self.device.type == "cuda" else torch.from_numpy(array)
@@ -297,7 +364,9 @@ class ModelRunner:
         ]
 
     def close(self) -> None:
-        """There is nothing to end: the memory goes with the last reference."""
+        """Let go of all that is large, whoever still holds this runner."""
+        for name in ("model", "kv_cache", "graphs"):
+            vars(self).pop(name, None)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -312,6 +381,8 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not supported; use 'auto', 'cpu' or 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch finds no CUDA GPU here; use device='cpu'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but the last GPU here is 'cuda:{torch.cuda.device_count() - 1}'")
     return device
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.bench.gpu import QWEN3, qwen3_folder
 
 
 def used() -> int:
@@ -29,10 +30,23 @@ def test_what_is_taken_is_told_and_stays_within_bounds(tiny_qwen3_path, caplog):
     llm.close()
 
 
+def test_no_step_takes_more_than_was_reserved_for_it():
+    """What takes most is to sample: many rows, a large vocabulary, a nucleus for which all of it must be sorted."""
+    sizes = QWEN3 | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    with qwen3_folder("tiny", sizes | dict(num_key_value_heads=2, head_dim=32)) as path:
+        settings = dict(num_kv_blocks=300, max_model_len=64, max_num_batched_tokens=256, max_num_seqs=256)
+        llm = LLM(path, load_format="dummy", device="cuda", **settings)
+    params = SamplingParams(temperature=10.0, top_p=0.9, max_tokens=4, logprobs=20, ignore_eos=True)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    llm.generate([[i] for i in range(256)], params, use_tqdm=False)
+    taken, reserved = torch.cuda.max_memory_allocated() - before, llm.engine.model_runner.memory.step
+    assert 100e6 < taken < 1.05 * reserved < 1e9
+    llm.close()
+
+
 def test_too_little_memory_says_how_much_and_what_to_turn(tiny_qwen3_path):
-    with pytest.raises(
-        ValueError, match="GB free beside .* GB for a step and its CUDA graphs; .*gpu_memory_utilization"
-    ):
+    with pytest.raises(ValueError, match="GB free beside .* GB for a step and its CUDA graphs; .*gpu_memory_util"):
         LLM(tiny_qwen3_path, device="cuda", gpu_memory_utilization=0.001)
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from time import monotonic
 
 import pytest
 import torch
@@ -55,12 +56,41 @@ def test_the_cache_is_as_large_as_the_smaller_one(tiny_qwen3_path):
     del taken
 
 
+def test_an_engine_on_the_second_gpu(tiny_qwen3_path):
+    """Triton, graphs and events would take the first, which is torch's current one before, between and after."""
+    settings = dict(dtype="float32", num_kv_blocks=100)
+    params = [
+        SamplingParams(temperature=i % 2, seed=i, top_p=1 - i % 3 / 10, logprobs=i, max_tokens=20, ignore_eos=True)
+        for i in range(len(PROMPTS))
+    ]
+    engines = [LLM(tiny_qwen3_path, device=device, **settings) for device in ("cuda:1", "cuda")]
+    answers = [llm.generate(PROMPTS, params, use_tqdm=False) for llm in engines]
+    for a, b in zip(*answers):
+        assert a["token_ids"] == b["token_ids"]
+        assert [list(best) for best in a["logprobs"]] == [list(best) for best in b["logprobs"]]
+    assert [llm.engine.model_runner.kv_cache.device.index for llm in engines] == [1, 0]
+    assert torch.cuda.current_device() == 0
+    for llm in engines:
+        llm.close()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_killed_inside_a_step(tiny_qwen3_path, rank):
-    """NCCL waits for it for ever: the parent must not."""
-    llm = LLM(tiny_qwen3_path, tensor_parallel_size=2, device="cuda", num_kv_blocks=200)
+    """NCCL waits for it for ever: the parent must not. Afterwards the GPUs are free for a new engine."""
+    settings = dict(tensor_parallel_size=2, device="cuda", num_kv_blocks=200)
+    llm = LLM(tiny_qwen3_path, **settings)
     processes = llm.engine.model_runner.processes
-    threading.Timer(0.5, os.kill, [processes[rank].pid, signal.SIGKILL]).start()
+    killed = []
+
+    def kill() -> None:
+        killed.append(monotonic())
+        os.kill(processes[rank].pid, signal.SIGKILL)
+
+    threading.Timer(0.5, kill).start()
     with pytest.raises(RuntimeError, match=f"rank {rank} of 2 was killed by SIGKILL"):
         llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), use_tqdm=False)
+    assert monotonic() - killed[0] < 5
     assert all(process.poll() is not None for process in processes)
+    llm = LLM(tiny_qwen3_path, **settings)
+    assert llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    llm.close()
