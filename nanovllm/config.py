@@ -23,7 +23,7 @@ class Config:
         attention_backend: "torch", "triton" (GPUs), "flash_attn" (GPUs from 8.0 on, with the package and blocks of 256), or
             "auto", which is triton on a GPU where it works, else torch.
         tensor_parallel_size: how many ranks share the model, each a process with a GPU, or on a CPU some of its cores.
-        enforce_eager: no CUDA graphs and no compilation, for stepping through. There are none on a CPU anyway.
+        enforce_eager: no CUDA graphs, for stepping through. There are none on a CPU anyway.
 
     How much at once:
         max_model_len: longest sequence in tokens, prompt and answer together. None is the model's own limit, or what

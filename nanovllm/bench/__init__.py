@@ -87,7 +87,7 @@ def run(
         else:
             path = resolve_model(None if model is None else str(model))
         report.add(environment(path, load_format))
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not only_trace:
             measure_gpu(report, path, load_format, size)
             if is_family:
                 measure_ranks(report)  # models of its own, a large one, too

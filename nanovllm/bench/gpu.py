@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.bench.kernels import measure_kernels
+from nanovllm.bench.kernels import measure_fused, measure_kernels
 from nanovllm.bench.profile import where_time_goes
 from nanovllm.bench.report import Report, gpu_record
 from nanovllm.bench.serving import measure_serving
@@ -77,6 +77,7 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
     """Kernels, the shared benchmark, steps: with CUDA graphs, without, and with the torch backend; then against a peer."""
     limits = measure_limits(report)
     measure_kernels(report, limits, QWEN3)
+    measure_fused(report, limits, QWEN3)
     variants: dict[str, dict[str, Any]] = {
         "": {},
         ", eager": {"enforce_eager": True},

@@ -1,7 +1,7 @@
-"""Single kernels on a GPU: attention, backend by backend, and the sampler, against what the hardware allows.
+"""Single kernels on a GPU: attention, backend by backend, the sampler, and what lies between the products of a layer.
 
-They are replayed from CUDA graphs, so that nobody waits for Python, and over more data than the GPU's cache holds, as
-in a step, where every layer has a KV cache of its own.
+They are replayed from CUDA graphs, so that nobody waits for Python. Attention and the sampler go over more data than the
+GPU's cache holds, as in a step, where every layer has a KV cache of its own; the rest finds what the kernel before has left.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from nanovllm.bench.report import Report, gpu_record
 from nanovllm.bench.timing import seconds_on_gpu
@@ -21,6 +22,7 @@ PREFILLS = [(8, 1024), (16, 1024), (1, 8192)]  # prompts, tokens of each
 MAX_LEN = 4096  # what block tables have room for in decodes, as in an engine with this `max_model_len`
 BLOCK_SIZES = {"triton": 16, "flash_attn": 256}  # the torch backend asks the GPU what to do: no graph can hold it
 SAMPLED = [(256, 0.0), (256, 0.6), (16, 0.0), (16, 0.6)]  # rows, temperature
+FUSED_ROWS = (1, 16, 256, 8192)  # tokens
 GPU_CACHE = 256 << 20  # bytes: more than any GPU's
 REPEATS = 16  # in a graph, whose own launch takes some microseconds
 
@@ -63,6 +65,61 @@ def measure_kernels(report: Report, limits: tuple[float, float], model: dict[str
         report.progress(name)
         seconds = sampler_seconds(n, model["vocab_size"], temperature)
         add_reading(report, name, seconds, n * model["vocab_size"] * DTYPE.itemsize, bandwidth)
+
+
+@torch.inference_mode()
+def measure_fused(report: Report, limits: tuple[float, float], model: dict[str, Any]) -> None:
+    """The small operations of a layer: our kernels, and what torch.compile makes of the same in plain PyTorch."""
+    from nanovllm.kernels import triton_layers  # there is no Triton outside Linux
+
+    hidden, size, head_dim = model["hidden_size"], model["intermediate_size"], model["head_dim"]
+    num_queries, num_keys = model["num_attention_heads"], model["num_key_value_heads"]
+    weight, head_weight = (torch.ones(n, dtype=DTYPE, device="cuda") for n in (hidden, head_dim))
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = x.float()
+        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(DTYPE) * weight
+
+    def add_and_norm(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        x += delta
+        return norm(x, weight)
+
+    def norm_and_rotate(qk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        qk = torch.cat((norm(qk[:, :num_queries], head_weight), norm(qk[:, num_queries:], head_weight)), dim=1)
+        return qk * cos + qk.roll(head_dim // 2, dims=-1) * sin
+
+    def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    norms = (num_queries, head_weight, head_weight, 1e-6)
+    operations: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[tuple[int, ...]], int]] = {
+        # ours, plain, shapes of the inputs for a token, numbers that a token reads and writes
+        "sum and norm": (
+            lambda x, delta: triton_layers.rms_norm(x, weight, 1e-6, delta),
+            add_and_norm,
+            [(hidden,), (hidden,)],
+            4 * hidden,
+        ),
+        "QK norm and rotation": (
+            lambda qk, cos, sin: triton_layers.rotate(qk, cos, sin, *norms),
+            norm_and_rotate,
+            [(num_queries + num_keys, head_dim), (1, head_dim), (1, head_dim)],
+            2 * (num_queries + num_keys + 1) * head_dim,
+        ),
+        "activation": (triton_layers.silu_and_mul, silu_and_mul, [(2 * size,)], 3 * size),
+    }
+    for name, (ours, plain, shapes, numbers) in operations.items():
+        compiled = torch.compile(plain, dynamic=False)
+        for n in FUSED_ROWS:
+            report.progress(f"{name}, {n} tokens")
+            inputs = [torch.randn(n, *shape, dtype=DTYPE, device="cuda") for shape in shapes]
+            us = {
+                how: round(1e6 * seconds_in_a_graph(lambda: kernel(*inputs)), 2)
+                for how, kernel in {"ours": ours, "torch.compile": compiled}.items()
+            }
+            floor = 1e6 * n * numbers * DTYPE.itemsize / limits[0]
+            report.add(gpu_record(f"{name}, {n} tokens", us["ours"], "us", DTYPE) | us | {"floor_us": round(floor, 2)})
 
 
 def add_reading(report: Report, name: str, seconds: float, num_bytes: int, bandwidth: float) -> None:

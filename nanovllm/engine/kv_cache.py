@@ -57,7 +57,7 @@ def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device, re
         num_blocks = config.kv_cache_memory // bytes_per_block
     elif device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
-        num_blocks = max(0, int(free - (1 - config.gpu_memory_utilization) * total)) // bytes_per_block
+        num_blocks = max(0, int(free - (1 - config.gpu_memory_utilization) * total) // bytes_per_block - 1)
         is_asked_for = False
     else:
         num_blocks = DEFAULT_CPU_MEMORY // bytes_per_block

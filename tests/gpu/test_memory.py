@@ -41,7 +41,7 @@ def test_no_step_takes_more_than_was_reserved_for_it():
     torch.cuda.reset_peak_memory_stats()
     llm.generate([[i] for i in range(256)], params, use_tqdm=False)
     taken, reserved = torch.cuda.max_memory_allocated() - before, llm.engine.model_runner.memory.step
-    assert 100e6 < taken < 1.05 * reserved < 1e9
+    assert 100e6 < taken < 1.05 * reserved
     llm.close()
 
 
