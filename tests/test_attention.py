@@ -7,6 +7,7 @@ runs itself once more, in a process of its own, for that backend alone. FlashAtt
 
 import importlib.util
 import itertools
+import math
 import random
 import sys
 from types import ModuleType, SimpleNamespace
@@ -202,19 +203,52 @@ def test_a_sequence_gets_the_same_numbers_alone_and_in_a_crowd(backend, device):
         pytest.skip("padded to the longest of its group")
     if backend == "flash_attn":
         pytest.skip("it splits contexts as the batch leaves the GPU room")
-    module, lens, size = module_of(backend, device), [700, 20, 1300], 16
-    tables = torch.randperm(250)[:246].view(3, 82).tolist()
-    k_cache, v_cache = torch.randn(2, 251, size, 2, 64, device=device)
-    query = torch.randn(3, 4, 64, device=device)
+    module, lens, size = module_of(backend, device), [700, 20, 1300, 2600], 16
+    blocks = torch.randperm(300).tolist()
+    tables = [[blocks.pop() for _ in range(-(-n // size))] for n in lens]
+    k_cache, v_cache = torch.randn(2, 301, size, 2, 64, device=device)
+    query = torch.randn(len(lens), 4, 64, device=device)
 
-    def attend(seqs: list[int]) -> torch.Tensor:
-        context = make_context(size, [tables[i] for i in seqs], [1] * len(seqs), [lens[i] for i in seqs], device)
+    def attend(seqs: list[int], width: int = 0) -> torch.Tensor:
+        padded = [tables[i] + [1_000_000] * (width - len(tables[i])) for i in seqs]
+        context = make_context(size, padded, [1] * len(seqs), [lens[i] for i in seqs], device)
         context.plan = module.plan(context, k_cache)
         return module.attend(query[seqs], k_cache, v_cache, context, 0.125)
 
-    crowd = attend([0, 1, 2])
-    for i in range(3):
+    crowd = attend([0, 1, 2, 3])
+    for i in range(len(lens)):
+        # Its block table is as wide as it is long, as the longest neighbour is, or in a CUDA graph as any can be.
         assert torch.equal(attend([i])[0], crowd[i])
+        assert torch.equal(attend([i], width=600)[0], crowd[i])
+
+
+@on_every_backend
+def test_a_cache_of_more_numbers_than_32_bits_can_count(backend, device, tmp_path):
+    """A large GPU has room for one. Its last blocks give to the last bit what its first ones do."""
+    module, size, head_dim = module_of(backend, device), 256 if backend == "flash_attn" else 16, 128
+    query_lens, context_lens = [1, 1, 20], [600, 5, 40]
+    num_blocks = [-(-n // size) for n in context_lens]
+    far = 2**31 // (size * head_dim)  # the first block that 32 bits do not reach
+    # An offset that wraps leads 2**31 numbers before the cache. There must be something, or the process dies.
+    shape = (3, far + sum(num_blocks), size, 1, head_dim)
+    if device == "cpu":  # neither an empty file nor what is never touched of it takes any room
+        file = torch.from_file(str(tmp_path / "empty"), shared=True, size=math.prod(shape), dtype=torch.float16)
+        _, k_cache, v_cache = file.view(shape)
+    else:
+        _, k_cache, v_cache = torch.zeros(shape, dtype=torch.float16, device=device)
+    query = torch.randn(sum(query_lens), 2, head_dim, device=device).half()
+    key, value = torch.randn(2, sum(context_lens), 1, head_dim, device=device).half()
+
+    def attend(first: int) -> torch.Tensor:
+        tables = [blocks.tolist() for blocks in torch.arange(first, first + sum(num_blocks)).split(num_blocks)]
+        slots = sum((slots_of(table, range(n), size) for table, n in zip(tables, context_lens)), [])
+        module.store(key, value, k_cache, v_cache, torch.tensor(slots, device=device))
+        assert torch.equal(k_cache.flatten(0, 1)[slots], key) and torch.equal(v_cache.flatten(0, 1)[slots], value)
+        context = make_context(size, tables, query_lens, context_lens, device)
+        context.plan = module.plan(context, k_cache)
+        return module.attend(query, k_cache, v_cache, context, head_dim**-0.5)
+
+    assert torch.equal(attend(far), attend(0))
 
 
 @on_every_backend
