@@ -4,15 +4,25 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from nanovllm.config import Config
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.models import get_model_class
 from nanovllm.utils.loader import build_model
+from nanovllm.utils.ranks import Ranks
 from tests.conftest import SIZES, save_random_model
 from tests.paged import PagedModel
 
@@ -270,6 +280,58 @@ def test_loading_takes_no_more_memory_than_the_model(default_model_path):
     model_size = (default_model_path / "model.safetensors").stat().st_size
     head_size = 4 * 49152 * 576  # packed beside the embedding
     assert peak < model_size + head_size + 150e6
+
+
+# ---- Several ranks ----
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_reads_its_part_of_a_file_and_no_more(tiny_qwen3_path, monkeypatch, rank):
+    """Matrices by halves, norms whole: so many numbers of each tensor are asked for."""
+    numbers_read: Counter[str] = Counter()
+
+    class Watched:
+        def __init__(self, tensors, name: str) -> None:
+            self.tensors, self.name = tensors, name
+
+        def get_shape(self) -> list[int]:
+            return self.tensors.get_slice(self.name).get_shape()
+
+        def __getitem__(self, part) -> torch.Tensor:
+            tensor = self.tensors.get_slice(self.name)[part]
+            numbers_read[self.name] += tensor.numel()
+            return tensor
+
+    @contextmanager
+    def watched_open(file, **settings):
+        with safe_open(file, **settings) as tensors:
+            yield SimpleNamespace(
+                keys=tensors.keys,
+                get_slice=lambda name: Watched(tensors, name),
+                get_tensor=lambda name: Watched(tensors, name)[:],
+            )
+
+    monkeypatch.setattr("nanovllm.utils.loader.safe_open", watched_open)
+    load(tiny_qwen3_path, ranks=Ranks(rank, 2))
+    weights = load_file(tiny_qwen3_path / "model.safetensors")
+    assert numbers_read == {
+        name: tensor.numel() if "norm" in name else tensor.numel() // 2 for name, tensor in weights.items()
+    }
+
+
+def test_ranks_agree_on_the_smallest(tiny_qwen3_path):
+    """Two in threads, with room for 20 blocks and for 14: both count on 14."""
+    store = dist.HashStore()
+
+    def start(rank: int) -> tuple[int, int]:
+        group = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=20))
+        ranks = Ranks(rank, 2, group)
+        config = Config(dtype="float32", device="cpu", num_kv_blocks=[20, 14][rank], tensor_parallel_size=2)
+        runner = ModelRunner(config, AutoConfig.from_pretrained(tiny_qwen3_path), tiny_qwen3_path, ranks)
+        return ranks.smallest([-3, 5][rank], torch.device("cpu")), runner.num_blocks
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(start, range(2))) == [(-3, 14), (-3, 14)]
 
 
 # ---- The registry ----
