@@ -334,11 +334,19 @@ def test_auto_is_torch_on_a_cpu():
     assert choose_backend("auto", 4, 2, 32, 16, torch.float32, torch.device("cpu")) is get_backend("torch")
 
 
-def test_the_check_at_start_up_notices_wrong_numbers():
-    parts = {name: getattr(torch_attention, name) for name in ("allocate", "plan", "store", "attend")}
-    wrong = SimpleNamespace(**parts | {"attend": lambda query, *args: torch_attention.attend(1.1 * query, *args)})
-    wrong.__name__ = "wrong"
-    with pytest.raises(RuntimeError, match=r"wrong differs from the reference by \d"):
+@pytest.mark.parametrize("where", ["everywhere", "in decodes alone", "in one token"])
+def test_the_check_at_start_up_notices_wrong_numbers(where):
+    def attend(query: torch.Tensor, *args) -> torch.Tensor:
+        context, output = args[2], torch_attention.attend(query, *args)
+        if where == "in one token":  # the decode with the long context, whose numbers are small
+            output[0] *= 1.1
+        elif where == "everywhere" or len(context.context_lens) == context.num_decodes:
+            output *= 1.1
+        return output
+
+    parts = {name: getattr(torch_attention, name) for name in ("allocate", "plan", "store")}
+    wrong = SimpleNamespace(**parts, attend=attend, __name__="wrong")
+    with pytest.raises(RuntimeError, match="wrong differs from the reference by 10.0%"):
         check(wrong, 4, 2, 32, 16, torch.float32, "cpu")
 
 

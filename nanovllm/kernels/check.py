@@ -49,9 +49,10 @@ def check(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
-    """Compare a backend with the reference. RuntimeError if they differ.
+    """Compare a backend with the reference, token by token. RuntimeError if they differ.
 
-    A small step with all there is: a decode with a long context, one with a short, and a chunk.
+    A small step with all there is: a decode with a long context, one with a short, and a chunk. Then the decodes alone,
+    as in a CUDA graph, for there the programs may have other sizes.
     """
     query_lens, context_lens = [1, 1, 20], [1200, 3, 50]
     num_blocks = [-(-n // block_size) for n in context_lens]
@@ -66,21 +67,24 @@ def check(
 
     query = random(sum(query_lens), num_heads)
     key, value = (random(len(slots), num_kv_heads) for _ in range(2))
-    outputs = []
+    outputs: list[list[torch.Tensor]] = []
     for module in (backend, get_backend("torch")):
-        context = Context(
-            block_size=block_size,
-            num_decodes=2,
-            query_start=torch.tensor([0, 1, 2, 22], dtype=torch.int32, device=device),
-            context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
-            block_tables=tables.to(device, torch.int32),
-            slot_mapping=slots.to(device),
-        )
         shape = (1, int(ends[-1]), block_size, num_kv_heads, head_dim)
         k_cache, v_cache = module.allocate(*shape, dtype, device)[:, 0]
-        module.store(key, value, k_cache, v_cache, context.slot_mapping)
-        context.plan = module.plan(context, k_cache)
-        outputs.append(module.attend(query, k_cache, v_cache, context, head_dim**-0.5).double())
-    error = (outputs[0] - outputs[1]).norm() / outputs[1].norm()
+        module.store(key, value, k_cache, v_cache, slots.to(device))
+        outputs.append([])
+        for num_seqs, num_tokens in ((3, 22), (2, 2)):
+            context = Context(
+                block_size=block_size,
+                num_decodes=2,
+                query_start=torch.tensor([0, 1, 2, 22][: num_seqs + 1], dtype=torch.int32, device=device),
+                context_lens=torch.tensor(context_lens[:num_seqs], dtype=torch.int32, device=device),
+                block_tables=tables[:num_seqs].to(device, torch.int32),
+                slot_mapping=slots.to(device),
+            )
+            context.plan = module.plan(context, k_cache)
+            outputs[-1].append(module.attend(query[:num_tokens], k_cache, v_cache, context, head_dim**-0.5))
+    actual, expected = (torch.cat(parts).flatten(1).double() for parts in outputs)  # [24, num_heads * head_dim]
+    error = ((actual - expected).norm(dim=1) / expected.norm(dim=1)).max()
     if not error < 0.02:  # bfloat16 gives some 0.005; NaN is not smaller than anything
         raise RuntimeError(f"{backend.__name__} differs from the reference by {error.item():.1%}")
