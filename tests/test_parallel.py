@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import suppress
 from multiprocessing.connection import Pipe
 
 import psutil
@@ -418,9 +419,9 @@ def test_a_rank_killed_in_the_middle_of_an_answer(llm):
     ours, theirs = Pipe()
     os.write(theirs.fileno(), struct.pack("!i", 40_000) + b"the beginning")
     theirs.close()
+    os.kill(runner.processes[0].pid, signal.SIGRTMIN)  # a signal without a name
     runner.connections[0].close()
     runner.connections[0] = ours
-    os.kill(runner.processes[0].pid, signal.SIGRTMIN)  # a signal without a name
     with pytest.raises(RuntimeError, match=f"rank 0 of 2 was killed by (SIGRTMIN|signal {int(signal.SIGRTMIN)})"):
         runner.receive()
     assert_ended(llm, time.monotonic())
@@ -589,9 +590,32 @@ def execute(client, code: str) -> dict:
     return client.execute_interactive(code, timeout=60, output_hook=lambda message: None)["content"]
 
 
+def torchrun(script, host: int = 0) -> list[subprocess.Popen]:
+    """Two hosts as far as torchrun knows, one rank each, with a GPU of its own if there are two.
+
+    One has the store over which the two torchruns talk: when it has ended, the other does not wait for it any more.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [*command, f"--rdzv-conf=is_host={int(node == host)}", str(script)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"CUDA_VISIBLE_DEVICES": str(node)},
+        )
+        for node in range(2)
+    ]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_two_torchrun_nodes(model_path, tmp_path, device):
-    """Two hosts as far as torchrun knows, one rank each. The first is where the script goes on."""
+    """The first is where the script goes on."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     settings = dict(num_kv_blocks=64, device=device, dtype="float32")
@@ -608,22 +632,7 @@ def test_two_torchrun_nodes(model_path, tmp_path, device):
             except RuntimeError as error:
                 print(error)
             """))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test"]
-    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", str(script)]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    nodes = [
-        subprocess.Popen(
-            torchrun,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment | {"CUDA_VISIBLE_DEVICES": its_gpu},
-        )
-        for its_gpu in ("0", "1")
-    ]
+    nodes = torchrun(script)
     try:
         outputs = [node.communicate(timeout=90) for node in nodes]
     finally:
@@ -633,3 +642,72 @@ def test_two_torchrun_nodes(model_path, tmp_path, device):
     expected = generate(LLM(model_path, **settings), [[1, 2, 3]])[0]
     refusal = "under torchrun a script makes one LLM: the other ranks ended with the first"
     assert sorted(stdout for stdout, _ in outputs) == ["starts\n", f"starts\n{expected}\n{refusal}\n"]
+
+
+FAULTS = {
+    "the driver is killed": "while True: time.sleep(1)",  # between two steps, when a rank waits for the next
+    "the driver is killed in a step": "while True: llm.generate([[1, 2, 3]] * 8, params, use_tqdm=False)",
+    "the rank is killed": "while True: llm.generate([[1, 2, 3]] * 8, params, use_tqdm=False)",
+    "the script fails": "time.sleep(1); 1 / 0",
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_on_one_torchrun_node_ends_the_other(model_path, tmp_path, fault, device):
+    """Else its torchrun waits five minutes for the first, because it believes that its own rank has done its work."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(f"""
+            import os, time
+            from nanovllm import LLM, SamplingParams
+            print(os.environ["RANK"], os.getpid(), flush=True)
+            llm = LLM({str(model_path)!r}, num_kv_blocks=64, device={device!r}, tensor_parallel_size=2)
+            params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+            print("ready", flush=True)
+            {FAULTS[fault]}
+            """))
+    nodes = torchrun(script, host=int(fault != "the rank is killed"))  # the one that is left alone
+    processes = []
+    try:
+        pids = dict(tuple(map(int, node.stdout.readline().split())) for node in nodes)  # by rank
+        driver = nodes[list(pids).index(0)]
+        assert driver.stdout.readline() == "ready\n"
+        processes = [each for node in nodes for each in psutil.Process(node.pid).children(recursive=True)]
+        time.sleep(0.5)
+        if "killed" in fault:
+            os.kill(pids[int("rank" in fault)], signal.SIGKILL)
+        outputs = [node.communicate(timeout=15) for node in nodes]
+        assert wait_until(lambda: not any(is_alive(process.pid) for process in processes))
+    finally:
+        for process in [*nodes, *processes]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert [node.returncode for node in nodes] == [1, 1], outputs
+    error = {"the rank is killed": "RuntimeError: rank 1 of 2 ", "the script fails": "ZeroDivisionError"}.get(fault, "")
+    assert error in outputs[nodes.index(driver)][1]
+
+
+WAITS = """
+import sys, threading, time
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from nanovllm.engine import rank
+
+rank.GRACE = 0.5
+threading.Thread(target=rank.listen, args=[Connection(int(sys.argv[1])), SimpleQueue()]).start()
+time.sleep(60)
+"""
+END = struct.pack("!i", len(pickle.dumps(("end",)))) + pickle.dumps(("end",))
+
+
+@pytest.mark.parametrize("said, code", [(END, 0), (END[:-1], 1), (b"", 1)], ids=["all", "most", "nothing"])
+def test_a_rank_that_waits_for_another_hears_the_end(said, code):
+    """Through NCCL it may wait for one that is gone, for ever. Without a whole word at the end, it has failed."""
+    ours, theirs = Pipe()
+    rank = subprocess.Popen([sys.executable, "-c", WAITS, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    theirs.close()
+    os.write(ours.fileno(), said)
+    ours.close()
+    assert rank.wait(30) == code

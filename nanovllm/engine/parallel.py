@@ -115,7 +115,7 @@ class ParallelRunner:
         self.processes: list[subprocess.Popen] = []
         self.connections: list[Connection] = []
         self.logs: list[Any] = []  # what the processes have written
-        weakref.finalize(self, end, self.processes, self.connections, self.logs)  # if nobody closes it
+        weakref.finalize(self, abandon, self.processes, self.connections, self.logs)  # if nobody closes it
         try:
             with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
                 if is_torchrun():
@@ -125,7 +125,7 @@ class ParallelRunner:
                     self.start(config, path, f"{folder}/ranks", num_children=self.size)
                 ready = self.receive()
         except BaseException:
-            self.close()
+            self.close(is_failure=True)
             raise
         self.num_blocks: int
         self.dtype: torch.dtype
@@ -215,7 +215,7 @@ class ParallelRunner:
             yield
         except BaseException as error:
             closed = self.failure
-            self.close()
+            self.close(is_failure=True)
             if closed is not None and isinstance(error, (EOFError, OSError)):
                 raise RuntimeError(closed) from None  # another thread has closed it, and its connections
             raise
@@ -248,7 +248,7 @@ class ParallelRunner:
             reports |= {rank: answer for rank, answer in self.hear(reports, left).items() if isinstance(answer, Report)}
         first = min(reports.values(), key=lambda report: report.when, default=otherwise)
         assert first is not None
-        self.close()
+        self.close(is_failure=True)
         self.failure = f"rank {first.rank} of {self.size} {first.text}; this engine has ended, make a new LLM"
         raise ValueError(first.text) if first.is_users else RuntimeError(self.failure)
 
@@ -273,14 +273,25 @@ class ParallelRunner:
         return Report(rank, now if code == -signal.SIGABRT else first, text)
 
     @interrupts_deferred()
-    def close(self) -> None:
+    def close(self, is_failure: bool = False) -> None:
         """End all ranks. Twice is fine, also after a first time that was cut short."""
         self.failure = self.failure or "this engine has been closed; make a new LLM"
-        end(self.processes, self.connections, self.logs)
+        end(self.processes, self.connections, self.logs, is_failure)
 
 
-def end(processes: list[subprocess.Popen], connections: list[Connection], logs: list[Any]) -> None:
-    """Kill the ranks that are ours: one may hang, and none has to tidy. Others end when their connections are closed."""
+def abandon(processes: list[subprocess.Popen], connections: list[Connection], logs: list[Any]) -> None:
+    """End the ranks of an engine that nobody has closed: it is deleted, or the script is at its end, perhaps by an error."""
+    end(processes, connections, logs, is_failure=hasattr(sys, "last_type"))
+
+
+def end(processes: list[subprocess.Popen], connections: list[Connection], logs: list[Any], is_failure: bool) -> None:
+    """Kill the ranks that are ours: one may hang, and none has to tidy.
+
+    Those that torchrun has started are told to end; or not, and then fail as we do when their connections are closed.
+    """
+    for connection in [] if is_failure else connections[len(processes) :]:
+        with suppress(OSError):
+            connection.send(("end",))
     for process in processes:
         process.kill()
     for file in [*connections, *logs]:

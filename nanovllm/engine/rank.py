@@ -27,6 +27,7 @@ from nanovllm.utils.checkpoint import load_hf_config
 from nanovllm.utils.ranks import Ranks
 
 WATCH = 0.5  # seconds between two looks at whether the parent is alive
+GRACE = 5.0  # seconds to end by itself, for a rank that has been told to
 
 
 @dataclass(slots=True)
@@ -40,15 +41,15 @@ class Report:
 
 
 def serve(connection: Connection, rank: int, config: Config, path: Path, store: str | None) -> int:
-    """A rank's life: build its part of the model, then do as it is told, until the pipe is closed. Its exit status."""
+    """A rank's life: build its part of the model, then do as it is told, until the end. Its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever is at the other end decides what an interrupt ends
+    messages: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=listen, args=[connection, messages], daemon=True).start()
     runner = None
     try:
         ranks = join(rank, config, store)
         runner = ModelRunner(config, load_hf_config(path), path, ranks)
         connection.send((runner.num_blocks, runner.dtype, runner.device_name, runner.memory, runner.can_overlap))
-        messages: SimpleQueue[Any] = SimpleQueue()
-        threading.Thread(target=listen, args=[connection, messages], daemon=True).start()
         launched: dict[int, LaunchedStep] = {}
         while True:
             match messages.get():
@@ -61,7 +62,7 @@ def serve(connection: Connection, rank: int, config: Config, path: Path, store: 
                     launched = {n: later for n, later in launched.items() if n > number}  # for others nobody will ask
                 case ("describe",):
                     connection.send(runner.describe())
-                case None:
+                case ("end",):
                     return 0
                 case Exception() as error:
                     raise error
@@ -79,13 +80,19 @@ def serve(connection: Connection, rank: int, config: Config, path: Path, store: 
 def listen(connection: Connection, messages: "SimpleQueue[Any]") -> None:
     """Take in what is said, also while a step computes: whoever speaks must not wait for a rank that may never hear it.
 
-    None comes last, when the other end has closed the pipe; an exception, if something that was said makes no sense.
+    It also ends this process, which may be waiting for another rank that is gone: a little later than it was told to end,
+    or at once, as a failure, if the other end has gone without a word. If something that was said makes no sense, the
+    exception is the last message.
     """
+    message = None
     try:
-        while True:
-            messages.put(connection.recv())
-    except (EOFError, ConnectionError):
-        messages.put(None)
+        while message != ("end",):
+            message = connection.recv()
+            messages.put(message)
+        time.sleep(GRACE)
+        os._exit(0)
+    except (EOFError, OSError):
+        os._exit(1)
     except Exception as error:
         messages.put(error)
 
