@@ -15,13 +15,16 @@ import textwrap
 import threading
 import time
 from contextlib import suppress
-from multiprocessing.connection import Pipe
+from datetime import timedelta
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Pipe
 
 import psutil
 import pytest
 import torch
 from jupyter_client.manager import start_new_kernel
 from safetensors.torch import load_file, save_file
+from torch.distributed import TCPStore
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
@@ -30,6 +33,7 @@ from nanovllm.engine import kv_cache
 from nanovllm.engine.kv_cache import size_kv_cache
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parallel import ParallelRunner, check_shares
+from nanovllm.engine.torchrun import accept, connect, torchrun_store
 from nanovllm.models import get_model_class
 from nanovllm.utils.loader import init_dummy, pieces_of
 from nanovllm.utils.ranks import Ranks
@@ -687,6 +691,47 @@ def test_a_fault_on_one_torchrun_node_ends_the_other(model_path, tmp_path, fault
     assert [node.returncode for node in nodes] == [1, 1], outputs
     error = {"the rank is killed": "RuntimeError: rank 1 of 2 ", "the script fails": "ZeroDivisionError"}.get(fault, "")
     assert error in outputs[nodes.index(driver)][1]
+
+
+class Store(dict):
+    """As much of a torch store as `accept` needs."""
+
+    def add(self, key, amount):
+        self[key] = self.get(key, 0) + amount
+        return self[key]
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+
+def test_strangers_who_call_are_not_ranks(monkeypatch):
+    store = Store()
+    monkeypatch.setattr("nanovllm.engine.torchrun.torchrun_store", lambda: store)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    accepted = []
+    accepting = threading.Thread(target=lambda: accepted.extend(accept(4)), daemon=True)
+    accepting.start()
+    assert wait_until(lambda: "driver" in store)
+    address = ("127.0.0.1", int(store["driver"].split()[0]))
+    socket.create_connection(address).close()
+    with socket.create_connection(address) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with pytest.raises(AuthenticationError):
+            Client(address, authkey=b"a guess")
+        ranks = {rank: connect(rank) for rank in (3, 1, 2)}
+    accepting.join(SOON)
+    for rank, connection in enumerate(accepted, 1):
+        connection.send("hello")
+        assert ranks[rank].poll(SOON) and ranks[rank].recv() == "hello"
+    assert len(accepted) == 3
+
+
+def test_ranks_wait_an_hour_for_the_first(monkeypatch):
+    """Its host may fetch the model meanwhile."""
+    server = TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    assert torchrun_store().underlying_store.timeout == timedelta(hours=1)
 
 
 WAITS = """

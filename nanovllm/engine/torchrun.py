@@ -6,9 +6,14 @@ makes its `LLM`: there they call the first and become ranks. What they are told 
 
 import os
 import secrets
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 
 import torch.distributed as dist
+
+WAIT = timedelta(hours=1)  # for another host, which may have to fetch the model
 
 
 def is_torchrun() -> bool:
@@ -18,7 +23,8 @@ def is_torchrun() -> bool:
 
 def torchrun_store() -> dist.Store:
     """Where the processes leave word for each other."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = dist.TCPStore(*address, is_master=False, timeout=WAIT)
     return dist.PrefixStore(f"nanovllm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
@@ -27,10 +33,13 @@ def accept(size: int) -> list[Connection]:
     store, key = torchrun_store(), secrets.token_bytes(32)
     if store.add("engines", 1) > 1:
         raise RuntimeError("under torchrun a script makes one LLM: the other ranks ended with the first")
-    with Listener(("", 0), authkey=key) as listener:
+    by_rank: dict[int, Connection] = {}
+    with Listener(("", 0), backlog=size, authkey=key) as listener:
         store.set("driver", f"{listener.address[1]} {key.hex()}")
-        connections = [listener.accept() for _ in range(1, size)]
-    by_rank = {connection.recv(): connection for connection in connections}
+        while len(by_rank) < size - 1:
+            with suppress(AuthenticationError, EOFError, OSError):  # a stranger: anybody in the network can call
+                connection = listener.accept()
+                by_rank[connection.recv()] = connection
     return [by_rank[rank] for rank in range(1, size)]
 
 
