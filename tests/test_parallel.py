@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.kv_cache import size_kv_cache
+from nanovllm.engine.kv_cache import MemoryUse, size_kv_cache
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.parallel import ParallelRunner, check_shares
 from nanovllm.engine.torchrun import accept, connect, torchrun_store
@@ -756,3 +756,21 @@ def test_a_rank_that_waits_for_another_hears_the_end(said, code):
     os.write(ours.fileno(), said)
     ours.close()
     assert rank.wait(30) == code
+
+
+def test_the_memory_of_each_rank_is_logged(tmp_path, monkeypatch, caplog):
+    """By the parent, whose log somebody may read."""
+    ready = [(8, torch.float32, "a GPU", MemoryUse(weights=(rank + 1) * 10**6), False) for rank in range(2)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("nanovllm.engine.parallel.resolve_device", torch.device)
+    monkeypatch.setattr(ParallelRunner, "start", lambda *args, **kwargs: None)
+    monkeypatch.setattr(ParallelRunner, "receive", lambda self: ready)
+    with caplog.at_level("INFO", "nanovllm"):
+        ParallelRunner(Config(device="cuda", tensor_parallel_size=2), tmp_path)
+    no_more = "step 0 MB, graphs 0 MB, kv cache 0 MB"
+    assert caplog.messages == [
+        "rank 0 of 2, on a GPU:",
+        f"memory: weights 1 MB, {no_more}",
+        "rank 1 of 2, on a GPU:",
+        f"memory: weights 2 MB, {no_more}",
+    ]

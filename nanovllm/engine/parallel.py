@@ -4,6 +4,7 @@ The process in which the user is plans the steps and has no part of the model. I
 and every rank answers. Under torchrun, the others' pipes are connections to other hosts (`docs/distributed.md`).
 """
 
+import logging
 import os
 import pickle
 import signal
@@ -31,6 +32,8 @@ from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputCollector
 from nanovllm.engine.torchrun import accept, connect, is_torchrun
 from nanovllm.utils.interrupts import interrupts_deferred
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 1.0  # seconds to hear what the other ranks have to say when one has failed
 LOG_TAIL = 2000  # bytes of what a rank has written before it died
@@ -133,6 +136,10 @@ class ParallelRunner:
         self.memory: MemoryUse  # of the first rank
         self.can_overlap: bool
         self.num_blocks, self.dtype, self.device_name, self.memory, self.can_overlap = ready[0]
+        if self.device.type == "cuda":  # each has logged this, too, but nobody sees that
+            for rank, (_, _, device_name, memory, _) in enumerate(ready):
+                logger.info("rank %d of %d, on %s:", rank, self.size, device_name)
+                memory.log()
 
     @interrupts_deferred()
     def start(self, config: Config, path: Path, store: str | None, num_children: int) -> None:
