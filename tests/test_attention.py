@@ -368,36 +368,39 @@ SHARED_MEMORY = {
 
 
 @pytest.mark.skipif(interpreter.IS_ON, reason="the interpreter does not compile")
-@pytest.mark.parametrize("head_dim, is_chunk", [(128, False), (128, True), (256, True)])
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_kernels_compile_for_gpus_that_are_not_here(capability, head_dim, is_chunk):
+@pytest.mark.parametrize(
+    "capability, head_dim, is_chunk, is_float32",
+    [
+        *(
+            (capability, *shape, False)
+            for capability in SHARED_MEMORY
+            for shape in ((128, False), (128, True), (256, True))
+        ),
+        *((89, 256, False, False), (90, 256, False, False), (75, 128, False, True), (89, 128, False, True)),
+    ],
+)
+def test_kernels_compile_for_gpus_that_are_not_here(capability, head_dim, is_chunk, is_float32):
     """Triton compiles for any GPU on any computer; what it makes must fit into the multiprocessor's memory."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from nanovllm.kernels.triton_attention import MAX_SPLITS, NUM_STAGES, SPLIT_SIZE, attend_kernel, program_size
+    pytest.importorskip("triton")
+    from nanovllm.kernels import triton_attention as kernels
 
     dtype, name = (torch.bfloat16, "*bf16") if capability >= 80 else (torch.float16, "*fp16")
-    rows, tile, warps = program_size(head_dim, dtype, divmod(capability, 10), is_chunk)
-    constants = dict(GROUP=2, BLOCK_SIZE=16, ROWS=rows, TILE=tile, SPLIT_SIZE=SPLIT_SIZE)
-    constants |= dict(MAX_SPLITS=MAX_SPLITS, HEAD_DIM=head_dim, PADDED_DIM=head_dim)
-    pointers = dict.fromkeys(("query", "k_cache", "v_cache", "output"), name)
-    pointers |= dict.fromkeys(("pieces", "weights"), "*fp32")
-    pointers |= dict.fromkeys(("query_start", "context_lens", "block_tables"), "*i32")
-    types = pointers | {"scale": "fp32"} | dict.fromkeys(constants, "constexpr")
-    names = attend_kernel.arg_names
-    aligned = [*pointers, "token_stride", "head_stride", "slot_stride"]
-    source = ASTSource(
-        attend_kernel,
-        signature={name: types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    # Fusion: a * b + c is rounded once; from 3.10 off by default.
-    options = dict(num_warps=warps, num_stages=NUM_STAGES, enable_fp_fusion=True)
-    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
-    assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+    if is_float32:
+        dtype, name = torch.float32, "*fp32"
+    rows, tile, warps = kernels.program_size(head_dim, dtype, divmod(capability, 10), is_chunk)
+    types = dict.fromkeys(("query", "key", "value", "k_cache", "v_cache", "output"), name)
+    types |= dict.fromkeys(("pieces", "weights"), "*fp32") | {"slot_mapping": "*i64", "scale": "fp32"}
+    types |= dict.fromkeys(("query_start", "context_lens", "block_tables"), "*i32")
+    aligned = (*(types.keys() - {"scale"}), "token_stride", "head_stride", "slot_stride", "key_stride", "value_stride")
+    sizes = dict(SPLIT_SIZE=kernels.SPLIT_SIZE, MAX_SPLITS=kernels.MAX_SPLITS, HEAD_DIM=head_dim, PADDED_DIM=head_dim)
+    attend = sizes | dict(GROUP=2, BLOCK_SIZE=16, ROWS=rows, TILE=tile)
+    for kernel, constants, options in (
+        (kernels.attend_kernel, attend, dict(num_warps=warps, num_stages=kernels.NUM_STAGES)),
+        (kernels.combine_kernel, sizes | dict(PADDED_SPLITS=kernels.MAX_SPLITS), dict(num_warps=1)),
+        (kernels.store_kernel, dict(SIZE=8 * head_dim, PADDED=8 * head_dim), {}),
+    ):
+        shared = interpreter.shared_memory_of(kernel, types, constants, capability, aligned, **options)
+        assert shared <= SHARED_MEMORY[capability]
 
 
 @pytest.mark.skipif(interpreter.IS_ON, reason="this is the process of its own")
