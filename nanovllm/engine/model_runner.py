@@ -1,7 +1,7 @@
 """The model runner: a scheduled batch becomes tensors, the tensors become logits, the logits become tokens."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -16,6 +16,7 @@ from nanovllm.config import Config
 from nanovllm.engine.buckets import bucket_of
 from nanovllm.engine.cuda_graphs import StepGraphs, copied, memory_of_graphs
 from nanovllm.engine.kv_cache import MemoryUse, block_bytes, size_kv_cache
+from nanovllm.engine.launched_step import LaunchedStep, Likeliest
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputCollector, StepInputs
 from nanovllm.kernels import fused_layers, get_backend, torch_attention
@@ -34,55 +35,6 @@ from nanovllm.utils.loader import build_model, pieces_of
 from nanovllm.utils.ranks import Ranks
 
 NO_LOGPROBS = -1  # in the place of how many a request wants
-
-
-class LaunchedStep:
-    """A step on its way: `tokens()` waits for its result, so that there is time to do something else before."""
-
-    def __init__(self, token_ids: torch.Tensor, likeliest: list["Likeliest"] | None = None) -> None:
-        self.times: dict[str, float] = {}  # seconds for "prepare", "forward" and "sample"
-        # "bucket" and "padding" of the CUDA graph that was replayed, if one was
-        self.graph: dict[str, int] | None = None
-        self._token_ids = on_host(token_ids)  # [num_sampled]
-        self._likeliest = likeliest or []
-        self._arrived: torch.cuda.Event | None = None
-        if token_ids.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def tokens(self) -> list[int]:
-        """The sampled tokens, one for each scheduled sequence with `samples`, in the order of the batch."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._token_ids.tolist()
-
-    @property
-    def logprobs(self) -> dict[int, dict[int, float]]:
-        """Place among the sampled -> token id -> log-probability, where a request asked for it. Not before `tokens()`."""
-        return {place: best for part in self._likeliest for place, best in part.told(self._token_ids)}
-
-
-class Likeliest:
-    """Log-probabilities on their way: of some of a step's tokens, and of the likeliest in their place."""
-
-    def __init__(self, places: np.ndarray, n_best: np.ndarray, logprobs: tuple[torch.Tensor, ...]) -> None:
-        self.places, self.n_best = places.tolist(), n_best.tolist()
-        self.chosen, self.best_ids, self.best = map(on_host, logprobs)
-
-    def told(self, token_ids: torch.Tensor) -> Iterator[tuple[int, dict[int, float]]]:
-        """For each place the likeliest tokens, best first, and the chosen one behind them if it is none of them."""
-        rows = zip(self.places, self.n_best, self.chosen.tolist(), self.best_ids.tolist(), self.best.tolist())
-        for place, n, chosen, best_ids, best in rows:
-            told = dict(zip(best_ids[:n], best[:n]))
-            told.setdefault(int(token_ids[place]), chosen)
-            yield place, told
-
-
-def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that arrives by itself, of what the device will have computed by then, and not of what is launched after it."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def on_its_gpu(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from collections import deque
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from nanovllm.engine.model_runner import LaunchedStep
+from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.scheduler import Batch
 
 if TYPE_CHECKING:

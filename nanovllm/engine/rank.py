@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.config import Config
-from nanovllm.engine.model_runner import LaunchedStep, ModelRunner, resolve_device
+from nanovllm.engine.launched_step import LaunchedStep
+from nanovllm.engine.model_runner import ModelRunner, resolve_device
 from nanovllm.engine.torchrun import torchrun_store
 from nanovllm.utils.checkpoint import load_hf_config
 from nanovllm.utils.ranks import Ranks
