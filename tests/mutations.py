@@ -265,8 +265,8 @@ FAULTS = [
         "trace-counts-after",
         "a trace tells how many tokens were computed after a step where it should tell how many before",
         "engine/recorder.py",
-        "Scheduled(s.seq.id, s.num_new_tokens, s.num_computed_tokens)",
-        "Scheduled(s.seq.id, s.num_new_tokens, s.seq.num_computed_tokens)",
+        "(s.seq.id, s.num_new_tokens, s.num_computed_tokens)",
+        "(s.seq.id, s.num_new_tokens, s.seq.num_computed_tokens)",
     ),
 ]
 

@@ -134,6 +134,7 @@ def test_refused_before_any_process_starts(model_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="there are 1 GPUs here"):
         LLM(model_path, tensor_parallel_size=2, device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="device is 'cuda:1', but tensor_parallel_size is 2; use device='cuda'"):
         LLM(model_path, tensor_parallel_size=2, device="cuda:1")
 

@@ -108,7 +108,7 @@ class LLMEngine:
                 raise ValueError("this model's folder has no tokenizer; give the prompt as token ids")
             token_ids = self.tokenizer.encode(prompt)
         elif isinstance(prompt, (list, tuple)):
-            # Long prompts are many ids: one by one only if that is not clear from three looks at all of them.
+            # Three looks at all ids take a ninth of a look at each one, which only tells which is wrong, and how.
             if set(map(type, prompt)) == {int} and 0 <= min(prompt) and max(prompt) < self.vocab_size:
                 token_ids = list(prompt)
             else:
