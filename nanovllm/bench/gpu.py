@@ -77,7 +77,7 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
     """Kernels, the shared benchmark, steps: with CUDA graphs, without, and with the torch backend; then against a peer."""
     limits = measure_limits(report)
     measure_kernels(report, limits, QWEN3)
-    measure_fused(report, limits, QWEN3)
+    measure_fused(report, limits[0], QWEN3)
     variants: dict[str, dict[str, Any]] = {
         "": {},
         ", eager": {"enforce_eager": True},

@@ -5,6 +5,7 @@ GPU's cache holds, as in a step, where every layer has a KV cache of its own; th
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -68,7 +69,7 @@ def measure_kernels(report: Report, limits: tuple[float, float], model: dict[str
 
 
 @torch.inference_mode()
-def measure_fused(report: Report, limits: tuple[float, float], model: dict[str, Any]) -> None:
+def measure_fused(report: Report, bandwidth: float, model: dict[str, Any]) -> None:
     """The small operations of a layer: our kernels, and what torch.compile makes of the same in plain PyTorch."""
     from nanovllm.kernels import triton_layers  # there is no Triton outside Linux
 
@@ -110,16 +111,13 @@ def measure_fused(report: Report, limits: tuple[float, float], model: dict[str, 
         "activation": (triton_layers.silu_and_mul, silu_and_mul, [(2 * size,)], 3 * size),
     }
     for name, (ours, plain, shapes, numbers) in operations.items():
-        compiled = torch.compile(plain, dynamic=False)
-        for n in FUSED_ROWS:
-            report.progress(f"{name}, {n} tokens")
-            inputs = [torch.randn(n, *shape, dtype=DTYPE, device="cuda") for shape in shapes]
-            us = {
-                how: round(1e6 * seconds_in_a_graph(lambda: kernel(*inputs)), 2)
-                for how, kernel in {"ours": ours, "torch.compile": compiled}.items()
-            }
-            floor = 1e6 * n * numbers * DTYPE.itemsize / limits[0]
-            report.add(gpu_record(f"{name}, {n} tokens", us["ours"], "us", DTYPE) | us | {"floor_us": round(floor, 2)})
+        for how, kernel in {"ours": ours, "torch.compile": torch.compile(plain, dynamic=False)}.items():
+            for n in FUSED_ROWS:
+                measurement = f"{name}, {how}, {n} tokens"
+                report.progress(measurement)
+                inputs = [torch.randn(n, *shape, dtype=DTYPE, device="cuda") for shape in shapes]
+                seconds = seconds_in_a_graph(partial(kernel, *inputs))
+                add_reading(report, measurement, seconds, n * numbers * DTYPE.itemsize, bandwidth)
 
 
 def add_reading(report: Report, name: str, seconds: float, num_bytes: int, bandwidth: float) -> None:

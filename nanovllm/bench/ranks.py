@@ -57,7 +57,7 @@ def measure_ranks(report: Report) -> None:
                 report.progress(f"{name}: starting")
                 try:
                     llm = LLM(path, load_format="dummy", tensor_parallel_size=n, **SETTINGS)
-                except (ValueError, RuntimeError) as error:  # torch's OutOfMemoryError is a RuntimeError
+                except (ValueError, RuntimeError) as error:  # too little memory, or a rank has failed
                     report.progress(f"{name}: does not fit: {error}")
                     continue
                 measure_engine(report, llm, name)

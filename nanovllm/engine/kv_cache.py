@@ -50,7 +50,6 @@ def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device, re
     free = max(0, free_memory(device) - reserved)
     if device.type == "cpu":
         free //= config.tensor_parallel_size  # its ranks have one memory
-    is_asked_for = True
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
     elif config.kv_cache_memory is not None:
@@ -58,17 +57,9 @@ def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device, re
     elif device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
         num_blocks = max(0, int(free - (1 - config.gpu_memory_utilization) * total) // bytes_per_block - 1)
-        is_asked_for = False
     else:
         num_blocks = DEFAULT_CPU_MEMORY // bytes_per_block
 
-    needed = (num_blocks + 1) * bytes_per_block  # one more for padding
-    if is_asked_for and needed > free:
-        raise ValueError(
-            f"a KV cache of {num_blocks} blocks needs {needed / 1e9:.2f} GB ({bytes_per_block:,} bytes a block), but "
-            f"{device} has {free / 1e9:.2f} GB free{reserve_of(reserved)}; lower num_kv_blocks or kv_cache_memory, or use "
-            "dtype='bfloat16'"
-        )
     num_blocks_needed = -(-(config.max_model_len or 2) // config.block_size)
     if num_blocks < num_blocks_needed:
         raise ValueError(
@@ -76,6 +67,13 @@ def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device, re
             f"{config.max_model_len or 2} tokens needs {num_blocks_needed} ({num_blocks_needed * bytes_per_block:,} bytes); "
             f"{device} has {free / 1e9:.2f} GB free{reserve_of(reserved)}; raise kv_cache_memory, num_kv_blocks or "
             "gpu_memory_utilization, or lower max_model_len, max_num_batched_tokens or max_num_seqs"
+        )
+    needed = (num_blocks + 1) * bytes_per_block  # one more for padding
+    if needed > free:
+        raise ValueError(
+            f"a KV cache of {num_blocks} blocks needs {needed / 1e9:.2f} GB ({bytes_per_block:,} bytes a block), but "
+            f"{device} has {free / 1e9:.2f} GB free{reserve_of(reserved)}; lower num_kv_blocks or kv_cache_memory, or use "
+            "dtype='bfloat16'"
         )
     return num_blocks
 

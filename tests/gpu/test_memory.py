@@ -46,7 +46,9 @@ def test_no_step_takes_more_than_was_reserved_for_it():
 
 
 def test_too_little_memory_says_how_much_and_what_to_turn(tiny_qwen3_path):
-    with pytest.raises(ValueError, match="GB free beside .* GB for a step and its CUDA graphs; .*gpu_memory_util"):
+    with pytest.raises(
+        ValueError, match="GB free beside .* GB for a step and its CUDA graphs; .*gpu_memory_utilization"
+    ):
         LLM(tiny_qwen3_path, device="cuda", gpu_memory_utilization=0.001)
 
 
