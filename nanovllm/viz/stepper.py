@@ -11,6 +11,7 @@ import ipywidgets as widgets
 
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.viz.controls import Controls
 from nanovllm.viz.frames import Frames, RequestFrame
 from nanovllm.viz.player import Player
 from nanovllm.viz.theme import colour, ink_on, picture_bundle
@@ -32,28 +33,10 @@ class Stepper:
     def __init__(self, llm: LLM, max_tokens: int = 12) -> None:
         self.llm = llm
         self.message = "Nothing has happened yet."
+        self.max_tokens = max_tokens
         self._lock = Lock()
-        self._prompt = widgets.Text(
-            value="The sun rises in the", description="Prompt", layout=widgets.Layout(flex="1 1 16em", width="auto")
-        )
-        self._length = widgets.BoundedIntText(
-            value=max_tokens, min=1, max=10**6, description="Length", layout=widgets.Layout(width="11em")
-        )
-        self._length.tooltip = "How many tokens the answer may have"
-        self._unfinished = widgets.Dropdown(description="Request", layout=widgets.Layout(width="11em"))
-        self._step_button = self._button("Step", "Make one step of the engine", self.step)
-        self._ten_button = self._button("Step ×10", "Make ten steps", lambda: self.step(10))
-        self._run_button = self._button("Run", "Make steps until every request is finished", self.run)
-        self._add_button = self._button("Add a request", "Queue the prompt in the text box", self._add_typed)
-        self._abort_button = self._button("Abort", "End this request now", lambda: self.abort(self._unfinished.value))
-        self._reset_button = self._button("Reset", "Abort all, empty the prefix cache, begin anew", self.reset)
-        self._message, self._answers = widgets.HTML(), widgets.HTML()
-        row = widgets.Layout(flex_flow="row wrap", align_items="center")
-        adding = widgets.HBox([self._prompt, self._length, self._add_button], layout=row)
-        stepping = [self._step_button, self._ten_button, self._run_button]
-        ending = [self._unfinished, self._abort_button, self._reset_button]
-        self.widget = widgets.VBox([adding, widgets.HBox([*stepping, *ending], layout=row), self._message])
-        self._controls = self.widget.children
+        self._controls, self._answers = Controls(self._pressed, max_tokens), widgets.HTML()
+        self.widget = widgets.VBox()
         self._watch()
 
     def _watch(self) -> None:
@@ -61,7 +44,7 @@ class Stepper:
         self.trace = self.llm.trace()
         self.frames = Frames(self.trace)
         self.player = Player(self.frames)
-        self.widget.children = [*self._controls, self.player, self._answers]
+        self.widget.children = [self._controls, self.player, self._answers]
         self._refresh()
 
     # -- What the buttons do -------------------------------------------------------------------------------------------
@@ -75,8 +58,8 @@ class Stepper:
         self._steps(repeat(None))
 
     def add_request(self, prompt: str | list[int], params: SamplingParams | None = None) -> None:
-        """Queue a request; greedy, and as long as the box "Length" says, unless `params` says otherwise."""
-        params = params or SamplingParams(temperature=0, max_tokens=self._length.value)
+        """Queue a request; greedy, and of `max_tokens` tokens at most, unless `params` says otherwise."""
+        params = params or SamplingParams(temperature=0, max_tokens=self.max_tokens)
 
         def add() -> None:
             self.message = f"{self.frames.name(self.llm.add_request(prompt, params))} waits."
@@ -110,8 +93,21 @@ class Stepper:
 
         self._guarded(reset)
 
-    def _add_typed(self) -> None:
-        self.add_request(self._prompt.value)
+    def _pressed(self, button: str, prompt: str, max_tokens: int, request: str) -> None:
+        """A button, and what the boxes said when it was pressed."""
+        match button:
+            case "add":
+                self.add_request(prompt, SamplingParams(temperature=0, max_tokens=max_tokens))
+            case "step":
+                self.step()
+            case "ten":
+                self.step(10)
+            case "run":
+                self.run()
+            case "abort":
+                self.abort(request)
+            case "reset":
+                self.reset()
 
     def _steps(self, times: Iterable[Any]) -> None:
         for _ in times:
@@ -167,18 +163,10 @@ class Stepper:
         data, metadata = picture_bundle(self.player.figure(), str(self), self.player.alt(), widget="Stepper")
         return self.widget._repr_mimebundle_(**kwargs) | data, metadata
 
-    def _button(self, label: str, tooltip: str, action: Callable[[], None]) -> widgets.Button:
-        button = widgets.Button(description=label, tooltip=tooltip, layout=widgets.Layout(width="auto"))
-        button.on_click(lambda _: action())
-        return button
-
     def _refresh(self) -> None:
         self.player.update()
-        chosen, names = self._unfinished.value, [request.name for request in self.unfinished()]
-        self._unfinished.options = names
-        self._unfinished.value = chosen if chosen in names else next(iter(names), None)
-        self._abort_button.disabled = not names
-        self._message.value = f'<div role="status" aria-live="polite"><b>{escape(self.message)}</b></div>'
+        self._controls.unfinished = [request.name for request in self.unfinished()]
+        self._controls.message = self.message
         rows = [
             f'<tr><td style="{CELL}">{badge(r.name)}</td><td style="{CELL}">{r.status}</td>'
             f'<td style="{CELL}">{escape(self.answer(r))}</td></tr>'
