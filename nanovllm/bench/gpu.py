@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.bench.kernels import measure_fused, measure_kernels
+from nanovllm.bench.kernels import Limits, measure_fused, measure_kernels
 from nanovllm.bench.profile import where_time_goes
 from nanovllm.bench.report import Report, gpu_record
 from nanovllm.bench.serving import measure_serving
 from nanovllm.bench.steps import decoding, random_prompt
 from nanovllm.bench.timing import seconds_on_gpu, watch_others
+from nanovllm.engine.model_runner import resolve_dtype
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import LMHead
 from nanovllm.layers.linear import Linear
+from nanovllm.utils.checkpoint import load_hf_config
 
 if TYPE_CHECKING:
     from nanovllm.bench import Size
@@ -75,9 +77,12 @@ def shared_workload() -> tuple[list[list[int]], list[int]]:
 
 def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> None:
     """Kernels, the shared benchmark, steps: with CUDA graphs, without, and with the torch backend; then against a peer."""
-    limits = measure_limits(report)
+    hf_config = load_hf_config(path)
+    dtype = resolve_dtype("auto", hf_config, torch.device("cuda"))
+    limits = measure_limits(report, dtype)
     measure_kernels(report, limits, QWEN3)
-    measure_fused(report, limits[0], QWEN3)
+    measure_fused(report, limits, QWEN3)
+    max_model_len = min(SETTINGS["max_model_len"], hf_config.max_position_embeddings)
     variants: dict[str, dict[str, Any]] = {
         "": {},
         ", eager": {"enforce_eager": True},
@@ -86,7 +91,7 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
     for name, settings in variants.items():
         report.progress(f"starting an engine{name}")
         start = perf_counter()
-        llm = LLM(path, load_format=load_format, **SETTINGS | settings)
+        llm = LLM(path, load_format=load_format, **SETTINGS | {"max_model_len": max_model_len} | settings)
         started = perf_counter() - start
         if not name:
             report.add(record("start-up", llm, started, "s"))
@@ -97,21 +102,21 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
             measure_first_token(report, llm, size)
         llm.close()
         del llm
-    measure_serving(report, path, load_format, "bfloat16", size, device="cuda")
+    measure_serving(report, path, load_format, str(dtype).removeprefix("torch."), size, device="cuda")
 
 
-def measure_limits(report: Report) -> tuple[float, float]:
-    """What this GPU does at best: bytes a second of a copy, read and written, and operations a second of a product."""
+def measure_limits(report: Report, dtype: torch.dtype) -> Limits:
+    """The rates of a large copy and a large product, which no step is much above."""
     report.progress("rates of a copy and of a matrix product")
     source = torch.empty(1 << 29, device="cuda")
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / seconds_on_gpu(lambda: target.copy_(source))
     del source, target
-    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    square = torch.randn(8192, 8192, device="cuda", dtype=dtype)
     rate = 2 * 8192**3 / seconds_on_gpu(lambda: square @ square)
     report.add(gpu_record("copy, read and written", round(bandwidth / 1e9), "GB/s"))
-    report.add(gpu_record("matrix product, bfloat16", round(rate / 1e12), "TFLOP/s"))
-    return bandwidth, rate
+    report.add(gpu_record("matrix product", round(rate / 1e12), "TFLOP/s", dtype))
+    return Limits(bandwidth, rate, dtype)
 
 
 def measure_shared(report: Report, llm: LLM) -> None:
@@ -141,7 +146,7 @@ def shared_record(name: str, llm: LLM, seconds: list[float]) -> dict[str, Any]:
 
 
 def measure_decode_steps(
-    report: Report, llm: LLM, size: "Size", name: str, limits: tuple[float, float], context_len: int = 1024
+    report: Report, llm: LLM, size: "Size", name: str, limits: Limits, context_len: int = 1024
 ) -> None:
     """Decode steps of several batch sizes, in milliseconds and over their floors."""
     generator = random.Random(0)
@@ -150,7 +155,7 @@ def measure_decode_steps(
         with watch_others() as load, decoding(llm, n, context_len, generator):
             milliseconds = 1000 * step_seconds(llm, size.step_rounds)
             profile = {} if name else where_time_goes(llm.step)
-        floor = 1000 * (weight_bytes(llm) + n * context_len * token_bytes(llm)) / limits[0]
+        floor = 1000 * (weight_bytes(llm) + n * context_len * token_bytes(llm)) / limits.bandwidth
         details = {"floor_ms": round(floor, 3), "times_the_floor": round(milliseconds / floor, 2)}
         report.add(record(f"decode step{name}, batch {n}", llm, milliseconds, "ms") | details | profile | load)
 
@@ -165,7 +170,7 @@ def step_seconds(llm: LLM, rounds: int) -> float:
     return statistics.median(times)
 
 
-def measure_prefill(report: Report, llm: LLM, size: "Size", limits: tuple[float, float]) -> None:
+def measure_prefill(report: Report, llm: LLM, size: "Size", limits: Limits) -> None:
     """A step of several prompts: its operations a second, as a fraction of a large matrix product's."""
     num_prompts, prompt_len = size.gpu_prefill
     report.progress(f"prefill of {num_prompts} x {prompt_len} tokens")
@@ -173,7 +178,7 @@ def measure_prefill(report: Report, llm: LLM, size: "Size", limits: tuple[float,
     with watch_others() as load:
         seconds = warm_median(step, size.step_rounds)
         profile = where_time_goes(step)
-    share = 100 * prefill_operations(llm, num_prompts, prompt_len) / seconds / limits[1]
+    share = 100 * prefill_operations(llm, num_prompts, prompt_len) / seconds / limits.rate
     name = f"prefill, {num_prompts} x {prompt_len} tokens"
     report.add(
         record(name, llm, share, "% of the product's rate")

@@ -7,7 +7,7 @@ GPU's cache holds, as in a step, where every layer has a KV cache of its own; th
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,59 +27,65 @@ FUSED_ROWS = (1, 16, 256, 8192)  # tokens
 GPU_CACHE = 256 << 20  # bytes: more than any GPU's
 REPEATS = 16  # in a graph, whose own launch takes some microseconds
 
-DTYPE = torch.bfloat16
-
 Heads = tuple[int, int, int]  # query heads, KV heads, numbers in each
 
 
-def measure_kernels(report: Report, limits: tuple[float, float], model: dict[str, Any]) -> None:
-    """Attention of every backend that is here, then the sampler.
+class Limits(NamedTuple):
+    """What a GPU does at best: bytes a second of a copy, read and written, and operations a second of a product."""
 
-    `limits` are bytes and operations a second; `model` is a config.json, for the sizes.
-    """
-    bandwidth, rate = limits
+    bandwidth: float
+    rate: float
+    dtype: torch.dtype  # of the product, and of all that is measured against it
+
+
+def measure_kernels(report: Report, limits: Limits, model: dict[str, Any]) -> None:
+    """Attention of every backend that is here, then the sampler. `model` is a config.json, for the sizes."""
+    dtype = limits.dtype
     heads: Heads = (model["num_attention_heads"], model["num_key_value_heads"], model["head_dim"])
     num_heads, num_kv_heads, head_dim = heads
     for backend_name, block_size in BLOCK_SIZES.items():
         try:
-            backend = get_backend(backend_name, "cuda", DTYPE, block_size, head_dim)
+            backend = get_backend(backend_name, "cuda", dtype, block_size, head_dim)
         except ValueError as error:
             report.progress(f"without {backend_name}: {error}")
             continue
         for n, context_len in DECODES:
             name = f"decode attention, {backend_name}, {n} x {context_len}"
             report.progress(name)
-            seconds = attention_seconds(backend, heads, n, 1, context_len, block_size)
-            add_reading(
-                report, name, seconds, n * context_len * block_bytes(1, 1, num_kv_heads, head_dim, DTYPE), bandwidth
-            )
+            seconds = attention_seconds(backend, heads, n, 1, context_len, block_size, dtype)
+            num_bytes = n * context_len * block_bytes(1, 1, num_kv_heads, head_dim, dtype)
+            add_reading(report, name, seconds, num_bytes, limits)
         for n, prompt_len in PREFILLS:
             name = f"prefill attention, {backend_name}, {n} x {prompt_len}"
             report.progress(name)
-            seconds = attention_seconds(backend, heads, n, prompt_len, prompt_len, block_size)
+            seconds = attention_seconds(backend, heads, n, prompt_len, prompt_len, block_size, dtype)
             operations = 4 * num_heads * head_dim * n * prompt_len * (prompt_len + 1) / 2
-            about = {"us": round(1e6 * seconds, 1), "share_of_the_product": round(operations / seconds / rate, 3)}
-            report.add(gpu_record(name, operations / seconds / 1e12, "TFLOP/s", DTYPE) | about)
+            about = {
+                "us": round(1e6 * seconds, 1),
+                "share_of_the_product": round(operations / seconds / limits.rate, 3),
+            }
+            report.add(gpu_record(name, operations / seconds / 1e12, "TFLOP/s", dtype) | about)
 
     for n, temperature in SAMPLED:
         name = f"sampler, {n} rows, temperature {temperature}"
         report.progress(name)
-        seconds = sampler_seconds(n, model["vocab_size"], temperature)
-        add_reading(report, name, seconds, n * model["vocab_size"] * DTYPE.itemsize, bandwidth)
+        seconds = sampler_seconds(n, model["vocab_size"], temperature, dtype)
+        add_reading(report, name, seconds, n * model["vocab_size"] * dtype.itemsize, limits)
 
 
 @torch.inference_mode()
-def measure_fused(report: Report, bandwidth: float, model: dict[str, Any]) -> None:
+def measure_fused(report: Report, limits: Limits, model: dict[str, Any]) -> None:
     """The small operations of a layer: our kernels, and what torch.compile makes of the same in plain PyTorch."""
     from nanovllm.kernels import triton_layers  # there is no Triton outside Linux
 
+    dtype = limits.dtype
     hidden, size, head_dim = model["hidden_size"], model["intermediate_size"], model["head_dim"]
     num_queries, num_keys = model["num_attention_heads"], model["num_key_value_heads"]
-    weight, head_weight = (torch.ones(n, dtype=DTYPE, device="cuda") for n in (hidden, head_dim))
+    weight, head_weight = (torch.ones(n, dtype=dtype, device="cuda") for n in (hidden, head_dim))
 
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x = x.float()
-        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(DTYPE) * weight
+        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype) * weight
 
     def add_and_norm(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         x += delta
@@ -115,21 +121,21 @@ def measure_fused(report: Report, bandwidth: float, model: dict[str, Any]) -> No
             for n in FUSED_ROWS:
                 measurement = f"{name}, {how}, {n} tokens"
                 report.progress(measurement)
-                inputs = [torch.randn(n, *shape, dtype=DTYPE, device="cuda") for shape in shapes]
+                inputs = [torch.randn(n, *shape, dtype=dtype, device="cuda") for shape in shapes]
                 seconds = seconds_in_a_graph(partial(kernel, *inputs))
-                add_reading(report, measurement, seconds, n * numbers * DTYPE.itemsize, bandwidth)
+                add_reading(report, measurement, seconds, n * numbers * dtype.itemsize, limits)
 
 
-def add_reading(report: Report, name: str, seconds: float, num_bytes: int, bandwidth: float) -> None:
+def add_reading(report: Report, name: str, seconds: float, num_bytes: int, limits: Limits) -> None:
     """Record a kernel that takes as long as it reads, at best."""
-    floor = num_bytes / bandwidth
+    floor = num_bytes / limits.bandwidth
     about = {"floor_us": round(1e6 * floor, 1), "times_the_floor": round(seconds / floor, 2)}
-    report.add(gpu_record(name, 1e6 * seconds, "us", DTYPE) | about)
+    report.add(gpu_record(name, 1e6 * seconds, "us", limits.dtype) | about)
 
 
 @torch.inference_mode()
 def attention_seconds(
-    backend: ModuleType, heads: Heads, n: int, query_len: int, context_len: int, block_size: int
+    backend: ModuleType, heads: Heads, n: int, query_len: int, context_len: int, block_size: int, dtype: torch.dtype
 ) -> float:
     """Seconds of one layer's attention for `n` sequences with so many new tokens and so long a context each."""
     num_heads, num_kv_heads, head_dim = heads
@@ -143,10 +149,10 @@ def attention_seconds(
         slot_mapping=torch.zeros(n * query_len, dtype=torch.int64, device="cuda"),
     )
     context.block_tables[:, :num_blocks] = torch.randperm(n * num_blocks, device="cuda").view(n, num_blocks)
-    query = torch.randn(n * query_len, num_heads, head_dim, dtype=DTYPE, device="cuda")
+    query = torch.randn(n * query_len, num_heads, head_dim, dtype=dtype, device="cuda")
     shape = (block_size, num_kv_heads, head_dim)
-    num_layers = 1 + GPU_CACHE // (n * num_blocks * block_bytes(1, *shape, DTYPE)) if query_len == 1 else 1
-    layers = backend.allocate(num_layers, n * num_blocks, *shape, DTYPE, "cuda").transpose(0, 1)
+    num_layers = 1 + GPU_CACHE // (n * num_blocks * block_bytes(1, *shape, dtype)) if query_len == 1 else 1
+    layers = backend.allocate(num_layers, n * num_blocks, *shape, dtype, "cuda").transpose(0, 1)
     layers.normal_()
     context.plan = backend.plan(context, layers[0, 0])
 
@@ -158,12 +164,12 @@ def attention_seconds(
 
 
 @torch.inference_mode()
-def sampler_seconds(n: int, vocab_size: int, temperature: float) -> float:
+def sampler_seconds(n: int, vocab_size: int, temperature: float, dtype: torch.dtype) -> float:
     """Seconds to sample a token for each of `n` rows of logits."""
     from nanovllm.kernels.triton_sampler import sample  # there is no Triton outside Linux
 
-    num_batches = 1 + GPU_CACHE // (n * vocab_size * DTYPE.itemsize)
-    batches = torch.randn(num_batches, n, vocab_size, dtype=DTYPE, device="cuda")
+    num_batches = 1 + GPU_CACHE // (n * vocab_size * dtype.itemsize)
+    batches = torch.randn(num_batches, n, vocab_size, dtype=dtype, device="cuda")
     temperatures = torch.full((n,), temperature, device="cuda")
     bits = torch.randint(1 << 62, (n,), device="cuda")
 
