@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Those marked `gpu` want it to themselves: `pytest -m gpu -n 0`.
     """
+    # What a script starts in the background ignores Ctrl-C, and so do its children; some tests press it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, for itself: pytest -m gpu -n 0")
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
