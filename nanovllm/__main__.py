@@ -31,12 +31,6 @@ PACKAGES = (
 )
 
 
-# Threads that wait for each other sleep after a few microseconds instead of spinning: as fast on a quiet machine; where
-# another program wants the same cores, a decode step takes 1.6 times as long, not twenty times (measured on two cores,
-# GNU OpenMP). Read when torch is imported; notebooks opened by `nanovllm lab` inherit it.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     parser = make_parser()
@@ -105,6 +99,9 @@ def run_lab(args: argparse.Namespace) -> None:
         raise ValueError(
             f"there is no {notebook}: the notebooks come with the repository; install it with `pip install -e .`"
         )
+    # Beside the kernels of other chapters, threads that wait for each other had better sleep soon than spin for long: on
+    # two cores a decode step takes 85 ms beside two more engines, not 430; alone 38, not 33. Inherited by the kernels.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     resolve_model(None)  # fetched now, with a progress bar, so that the first cell need not wait for it
     options = [
         f"--port={args.port}",

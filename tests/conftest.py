@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Threads that have finished their part of a product spin only briefly before they sleep. On a quiet machine that is as
-# fast as to spin for long; where another process wants the same two cores a decode step takes 1.6 times as long, not
-# twenty times (measured). Read when torch is first imported.
+# The workers of pytest-xdist share the cores: threads that wait for each other sleep soon, and do not spin for long. On
+# two cores a decode step takes 85 ms beside two more engines, not 430 (measured). Read when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import pytest
