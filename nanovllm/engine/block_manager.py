@@ -81,10 +81,12 @@ class BlockManager:
         """Count the next tokens of `seq` as computed: the step being scheduled puts them into its blocks."""
         start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_new_tokens
         seq.num_computed_tokens = end
-        if self.events is not None:
-            for i in range(start // self.block_size, self.num_blocks_for(end)):
-                num_filled = min(end - i * self.block_size, self.block_size)
-                self.events.append(block_event(("fill", seq.block_table[i], seq.id, num_filled)))
+        if self.events is not None:  # written out, for it comes for every sequence of every step
+            blocks = seq.block_table[start // self.block_size : -(-end // self.block_size)]
+            last = blocks.pop()
+            for block_id in blocks:
+                self.events.append(block_event(("fill", block_id, seq.id, self.block_size)))
+            self.events.append(block_event(("fill", last, seq.id, (end - 1) % self.block_size + 1)))
         if self.enable_prefix_caching:
             self._enter(seq)
 
