@@ -770,8 +770,6 @@ def test_the_memory_of_each_rank_is_logged(tmp_path, monkeypatch, caplog):
         ParallelRunner(Config(device="cuda", tensor_parallel_size=2), tmp_path)
     no_more = "step 0 MB, graphs 0 MB, kv cache 0 MB"
     assert caplog.messages == [
-        "rank 0 of 2, on a GPU:",
-        f"memory: weights 1 MB, {no_more}",
-        "rank 1 of 2, on a GPU:",
-        f"memory: weights 2 MB, {no_more}",
+        f"rank 0 of 2, on a GPU: memory: weights 1 MB, {no_more}",
+        f"rank 1 of 2, on a GPU: memory: weights 2 MB, {no_more}",
     ]

@@ -1,14 +1,11 @@
 """How large the KV cache is: bytes for one block, blocks for the memory there is."""
 
-import logging
 from dataclasses import asdict, dataclass
 
 import psutil
 import torch
 
 from nanovllm.config import Config
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_MEMORY = 1 << 30  # bytes
 
@@ -22,10 +19,8 @@ class MemoryUse:
     graphs: int = 0  # CUDA graphs: reserved when the KV cache is sized, then what they took
     kv_cache: int = 0
 
-    def log(self) -> None:
-        """Say it in one line."""
-        parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.0f} MB" for name, size in asdict(self).items())
-        logger.info("memory: %s", parts)
+    def __str__(self) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.0f} MB" for name, size in asdict(self).items())
 
 
 def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

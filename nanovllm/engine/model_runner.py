@@ -1,6 +1,7 @@
 """The model runner: a scheduled batch becomes tensors, the tensors become logits, the logits become tokens."""
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,8 @@ from nanovllm.layers.sampler import (
 from nanovllm.utils.context import Context, use_context
 from nanovllm.utils.loader import build_model, pieces_of
 from nanovllm.utils.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 NO_LOGPROBS = -1  # in the place of how many a request wants
 
@@ -124,7 +127,7 @@ class ModelRunner:
         # With them a step is launched in less time than it takes, and finds on the GPU what the one before it sampled.
         self.can_overlap = self.graphs is not None
         if self.device.type == "cuda":
-            self.memory.log()
+            logger.info("memory: %s", self.memory)
 
     def bind(self, attention: list[Attention], backend: ModuleType, kv_cache: torch.Tensor) -> None:
         for layer, (k_cache, v_cache) in zip(attention, kv_cache.transpose(0, 1), strict=True):

@@ -138,8 +138,7 @@ class ParallelRunner:
         self.num_blocks, self.dtype, self.device_name, self.memory, self.can_overlap = ready[0]
         if self.device.type == "cuda":  # each has logged this, too, but nobody sees that
             for rank, (_, _, device_name, memory, _) in enumerate(ready):
-                logger.info("rank %d of %d, on %s:", rank, self.size, device_name)
-                memory.log()
+                logger.info("rank %d of %d, on %s: memory: %s", rank, self.size, device_name, memory)
 
     @interrupts_deferred()
     def start(self, config: Config, path: Path, store: str | None, num_children: int) -> None:
