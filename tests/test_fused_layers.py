@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanovllm.bench.kernels import small_operations
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import norm_and_rotate, rotate
@@ -101,6 +102,18 @@ def angles(num_tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Te
 def test_silu_and_mul(size, dtype):
     gate_up = 3 * torch.randn(3, 2 * size, dtype=dtype)
     check(triton_layers.silu_and_mul(gate_up.to(DEVICE)), silu_and_mul(gate_up))
+
+
+@somewhere
+@every_dtype
+def test_the_benchmark_sets_the_same_operations_beside_ours(dtype):
+    sizes = dict(hidden_size=80, intermediate_size=96, head_dim=32, num_attention_heads=4, num_key_value_heads=2)
+    for operation in small_operations(sizes | {"rms_norm_eps": 1e-6}, dtype, DEVICE).values():
+        inputs = operation.inputs(5)
+        copies = [tensor.clone() for tensor in inputs]
+        check(operation.ours(*inputs), operation.plain(*copies).cpu())
+        for tensor, copy in zip(inputs, copies):
+            check(tensor, copy.cpu())  # the sum, which both leave in the residual stream
 
 
 @pytest.mark.skipif(interpreter.IS_ON, reason="the interpreter does not compile")

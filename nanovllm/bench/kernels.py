@@ -5,6 +5,7 @@ GPU's cache holds, as in a step, where every layer has a KV cache of its own; th
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -76,54 +77,76 @@ def measure_kernels(report: Report, limits: Limits, model: dict[str, Any]) -> No
 @torch.inference_mode()
 def measure_fused(report: Report, limits: Limits, model: dict[str, Any]) -> None:
     """The small operations of a layer: our kernels, and what torch.compile makes of the same in plain PyTorch."""
+    for name, operation in small_operations(model, limits.dtype, "cuda").items():
+        compiled = torch.compile(operation.plain, dynamic=False)
+        for how, kernel in {"ours": operation.ours, "torch.compile": compiled}.items():
+            for n in FUSED_ROWS:
+                measurement = f"{name}, {how}, {n} tokens"
+                report.progress(measurement)
+                seconds = seconds_in_a_graph(partial(kernel, *operation.inputs(n)))
+                add_reading(report, measurement, seconds, n * operation.numbers * limits.dtype.itemsize, limits)
+
+
+@dataclass
+class Operation:
+    """Something small that a layer does between its products."""
+
+    ours: Callable[..., torch.Tensor]
+    plain: Callable[..., torch.Tensor]
+    inputs: Callable[[int], list[torch.Tensor]]  # at random, for so many tokens
+    numbers: int  # that a token reads and writes
+
+
+def small_operations(model: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, Operation]:
+    """Those of a layer of Qwen3; `model` is a config.json, for the sizes."""
     from nanovllm.kernels import triton_layers  # there is no Triton outside Linux
 
-    dtype = limits.dtype
     hidden, size, head_dim = model["hidden_size"], model["intermediate_size"], model["head_dim"]
     num_queries, num_keys = model["num_attention_heads"], model["num_key_value_heads"]
-    weight, head_weight = (torch.ones(n, dtype=dtype, device="cuda") for n in (hidden, head_dim))
+    num_heads, eps = num_queries + num_keys, model["rms_norm_eps"]
 
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        x = x.float()
-        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype) * weight
+        row = x.float()
+        return (row * torch.rsqrt(row.pow(2).mean(-1, keepdim=True) + eps)).to(dtype) * weight
 
     def add_and_norm(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         x += delta
         return norm(x, weight)
 
     def norm_and_rotate(qk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        qk = torch.cat((norm(qk[:, :num_queries], head_weight), norm(qk[:, num_queries:], head_weight)), dim=1)
+        q, k = qk[:, :num_queries], qk[:, num_queries:]
+        qk = torch.cat((norm(q, q_weight), norm(k, k_weight)), dim=1)
         return qk * cos + qk.roll(head_dim // 2, dims=-1) * sin
 
     def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    norms = (num_queries, head_weight, head_weight, 1e-6)
-    operations: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[tuple[int, ...]], int]] = {
-        # ours, plain, shapes of the inputs for a token, numbers that a token reads and writes
-        "sum and norm": (
-            lambda x, delta: triton_layers.rms_norm(x, weight, 1e-6, delta),
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    weight, q_weight, k_weight = random(hidden), random(head_dim), random(head_dim)
+
+    def heads_and_angles(n: int) -> list[torch.Tensor]:
+        angles = random(n, 1, head_dim // 2)
+        cos, sin = angles.cos(), angles.sin()
+        return [random(n, num_heads, head_dim), torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)]
+
+    return {
+        "sum and norm": Operation(
+            lambda x, delta: triton_layers.rms_norm(x, weight, eps, delta),
             add_and_norm,
-            [(hidden,), (hidden,)],
+            lambda n: [random(n, hidden), random(n, hidden)],
             4 * hidden,
         ),
-        "QK norm and rotation": (
-            lambda qk, cos, sin: triton_layers.rotate(qk, cos, sin, *norms),
+        "QK norm and rotation": Operation(
+            lambda qk, cos, sin: triton_layers.rotate(qk, cos, sin, num_queries, q_weight, k_weight, eps),
             norm_and_rotate,
-            [(num_queries + num_keys, head_dim), (1, head_dim), (1, head_dim)],
-            2 * (num_queries + num_keys + 1) * head_dim,
+            heads_and_angles,
+            2 * (num_heads + 1) * head_dim,
         ),
-        "activation": (triton_layers.silu_and_mul, silu_and_mul, [(2 * size,)], 3 * size),
+        "activation": Operation(triton_layers.silu_and_mul, silu_and_mul, lambda n: [random(n, 2 * size)], 3 * size),
     }
-    for name, (ours, plain, shapes, numbers) in operations.items():
-        for how, kernel in {"ours": ours, "torch.compile": torch.compile(plain, dynamic=False)}.items():
-            for n in FUSED_ROWS:
-                measurement = f"{name}, {how}, {n} tokens"
-                report.progress(measurement)
-                inputs = [torch.randn(n, *shape, dtype=dtype, device="cuda") for shape in shapes]
-                seconds = seconds_in_a_graph(partial(kernel, *inputs))
-                add_reading(report, measurement, seconds, n * numbers * dtype.itemsize, limits)
 
 
 def add_reading(report: Report, name: str, seconds: float, num_bytes: int, limits: Limits) -> None:
@@ -180,7 +203,7 @@ def sampler_seconds(n: int, vocab_size: int, temperature: float, dtype: torch.dt
     return seconds_in_a_graph(all_batches) / num_batches
 
 
-def seconds_in_a_graph(work: Callable[[], None]) -> float:
+def seconds_in_a_graph(work: Callable[[], Any]) -> float:
     """Seconds of some work on the GPU, replayed from a CUDA graph that holds it several times."""
     work()  # compiles
     torch.cuda.synchronize()
