@@ -61,12 +61,14 @@ def test_a_press_is_one_message_with_all_that_the_boxes_say(page):
         assert sent(page) == [{"button": button, "prompt": f"before {button}", "max_tokens": 7, "request": "A"}]
 
 
-def test_enter_adds_a_request_and_no_key_leaves_the_form(page):
+def test_enter_adds_a_request_and_no_key_leaves_but_with_ctrl(page):
     page.get_by_role("textbox", name="Prompt").fill("")
     page.get_by_role("textbox", name="Prompt").press_sequentially("a b")  # insert cells in Lab's command mode
     page.keyboard.press("Enter")
     assert [(message["button"], message["prompt"]) for message in sent(page)] == [("add", "a b")]
     assert page.evaluate("keys") == []
+    page.keyboard.press("Control+s")
+    assert page.evaluate("keys") == ["Control", "s"], "JupyterLab saves"
 
 
 @pytest.mark.parametrize("length", ["", "0", "-3", "2.5"])

@@ -110,14 +110,15 @@ def test_beyond_the_axis(show, explorer):
     assert page.locator(".nanovllm-number").first.inner_text() == "▸ 272 = 3.4 × H100"
 
 
-def test_no_key_leaves(show, explorer):
+def test_no_key_leaves_but_with_ctrl(show, explorer):
     page = show(explorer)
     page.evaluate("window.left = []; document.addEventListener('keydown', (event) => left.push(event.key))")
     page.get_by_role("slider", name="context").focus()
     for key in ("b", "a", "ArrowDown", "Enter"):
         page.keyboard.press(key)
     assert page.evaluate("left") == []
-    assert page.locator(".nanovllm").get_attribute("data-lm-suppress-shortcuts") == "true"
+    page.keyboard.press("Control+s")
+    assert page.evaluate("left") == ["Control", "s"], "JupyterLab saves"
 
 
 @pytest.mark.parametrize("width", [700, 1100])

@@ -38,8 +38,9 @@ export default {
     for (const button of form.querySelectorAll("button[type=button]")) {
       button.addEventListener("click", () => press(button.value));
     }
-    form.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves keys pressed in here alone
-    form.addEventListener("keydown", (event) => event.stopPropagation());
+    form.addEventListener("keydown", (event) => {
+      if (!event.ctrlKey && !event.metaKey) event.stopPropagation(); // `b` would insert a cell, but Ctrl+S saves
+    });
 
     const show = () => {
       const names = model.get("unfinished");

@@ -902,7 +902,6 @@ class Player {
     const { label, parts } = VIEWS[this.view];
     this.root = document.createElement("div");
     this.root.className = "nanovllm";
-    this.root.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves keys pressed in here alone
     this.root.setAttribute("role", "group");
     this.root.setAttribute("aria-label", label);
     this.root.nanovllm = this; // for tests, and for the curious
@@ -939,7 +938,7 @@ class Player {
     this.buttons.play.addEventListener("click", () => this.play(!this.timer));
     this.speeds.addEventListener("change", () => this.setSpeed(Number(this.speeds.value)));
     this.slider.addEventListener("keydown", (event) => this.onKey(event));
-    this.root.addEventListener("keydown", (event) => event.stopPropagation());
+    keepKeys(this.root);
     element.append(this.root);
   }
 
@@ -1138,9 +1137,8 @@ class Explorer {
       this.buildChart(),
       this.buildLegend(),
     );
-    this.root.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves keys pressed in here alone
     this.root.nanovllm = this; // for tests, and for the curious
-    this.root.addEventListener("keydown", (event) => event.stopPropagation());
+    keepKeys(this.root);
     element.append(this.root);
   }
 
@@ -1276,6 +1274,13 @@ class RankMap extends Explorer {
 
 function dyed([background, ink]) {
   return `background-color: ${background}; color: ${ink}`;
+}
+
+/** Keys pressed in an element stay there: `b` would insert a cell. Those with Ctrl or Cmd are JupyterLab's: it saves. */
+function keepKeys(element) {
+  element.addEventListener("keydown", (event) => {
+    if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
+  });
 }
 
 /** An element with these attributes and children. */
