@@ -26,7 +26,7 @@ from nanovllm.bench.report import Report, gpu_record
 from nanovllm.bench.serving import measure_serving
 from nanovllm.bench.steps import decoding, random_prompt
 from nanovllm.bench.timing import seconds_on_gpu, watch_others
-from nanovllm.engine.model_runner import resolve_dtype
+from nanovllm.engine.model_runner import dtype_name, resolve_dtype
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import LMHead
 from nanovllm.layers.linear import Linear
@@ -82,7 +82,7 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
     limits = measure_limits(report, dtype)
     measure_kernels(report, limits, QWEN3)
     measure_fused(report, limits, QWEN3)
-    max_model_len = min(SETTINGS["max_model_len"], hf_config.max_position_embeddings)
+    common = SETTINGS | {"max_model_len": min(SETTINGS["max_model_len"], hf_config.max_position_embeddings)}
     variants: dict[str, dict[str, Any]] = {
         "": {},
         ", eager": {"enforce_eager": True},
@@ -91,7 +91,7 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
     for name, settings in variants.items():
         report.progress(f"starting an engine{name}")
         start = perf_counter()
-        llm = LLM(path, load_format=load_format, **SETTINGS | {"max_model_len": max_model_len} | settings)
+        llm = LLM(path, load_format=load_format, **common | settings)
         started = perf_counter() - start
         if not name:
             report.add(record("start-up", llm, started, "s"))
@@ -102,7 +102,7 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
             measure_first_token(report, llm, size)
         llm.close()
         del llm
-    measure_serving(report, path, load_format, str(dtype).removeprefix("torch."), size, device="cuda")
+    measure_serving(report, path, load_format, dtype_name(dtype), size, device="cuda")
 
 
 def measure_limits(report: Report, dtype: torch.dtype) -> Limits:

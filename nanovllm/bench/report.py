@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from nanovllm.engine.model_runner import dtype_name
+
 BUSY = 0.1  # cores that other programs may keep occupied before the table says so
 
 Record = dict[str, Any]
@@ -60,7 +62,7 @@ def git_commit() -> str | None:
 
 def gpu_record(measurement: str, value: float, unit: str, dtype: torch.dtype | None = None) -> Record:
     """What was measured on this computer's GPU, in the numbers of `dtype`, if of any."""
-    name = "" if dtype is None else str(dtype).removeprefix("torch.")
+    name = "" if dtype is None else dtype_name(dtype)
     gpu = torch.cuda.get_device_name()
     return {"measurement": measurement, "dtype": name, "value": round(value, 3), "unit": unit, "gpu": gpu}
 

@@ -82,7 +82,7 @@ class BlockManager:
         start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_new_tokens
         seq.num_computed_tokens = end
         if self.events is not None:  # written out, for it comes for every sequence of every step
-            blocks = seq.block_table[start // self.block_size : -(-end // self.block_size)]
+            blocks = seq.block_table[start // self.block_size : self.num_blocks_for(end)]
             last = blocks.pop()
             for block_id in blocks:
                 self.events.append(block_event(("fill", block_id, seq.id, self.block_size)))

@@ -14,6 +14,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.model_runner import dtype_name
 from nanovllm.engine.overlap import Overlap
 from nanovllm.engine.parallel import make_runner
 from nanovllm.engine.recorder import Recorder, environment
@@ -269,8 +270,7 @@ class LLMEngine:
         if not self.recorders:
             self.block_manager.events = []
         runner = self.model_runner
-        dtype = str(runner.dtype).removeprefix("torch.")
-        about = environment(torch=torch.__version__, device=runner.device_name, dtype=dtype)
+        about = environment(torch=torch.__version__, device=runner.device_name, dtype=dtype_name(runner.dtype))
         text_of = partial(token_text, self.tokenizer)  # not the engine's: a trace that is kept must not keep the engine
         recorder = Recorder(self.config, about, self.block_manager, self.scheduler, text_of, self._stop_recording)
         for request in self.requests.values():

@@ -341,6 +341,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `resolve_dtype` understands it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def resolve_dtype(name: str, hf_config: PretrainedConfig, device: torch.device) -> torch.dtype:
     """The dtype that a name means; "auto" is what the device computes best and the checkpoint can stand."""
     if name != "auto":

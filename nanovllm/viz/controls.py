@@ -13,8 +13,7 @@ class Controls(anywidget.AnyWidget):
 
     _esm = STATIC / "controls.js"
     _css = STATIC / "widget.css"
-    prompt = traitlets.Unicode("The sun rises in the").tag(sync=True)  # what the boxes begin with
-    max_tokens = traitlets.Int().tag(sync=True)
+    max_tokens = traitlets.Int().tag(sync=True)  # what "Length" begins with
     unfinished = traitlets.List(traitlets.Unicode()).tag(sync=True)  # the requests that can be aborted
     message = traitlets.Unicode().tag(sync=True)
 

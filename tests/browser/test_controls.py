@@ -7,7 +7,8 @@ import pytest
 
 from nanovllm.viz.live import STATIC
 
-from .chromium import ARGUMENTS, CHROMIUM, sync_api
+from .chromium import sync_api
+from .test_widgets import browser  # noqa: F401  # a fixture
 
 # A model as anywidget gives one to a view; it writes down what is sent.
 SHOW = """async ([source, state]) => {
@@ -22,15 +23,7 @@ SHOW = """async ([source, state]) => {
         el: document.body,
     });
 }"""
-STATE = {"prompt": "The sun", "max_tokens": 12, "unfinished": ["A", "B"], "message": "2 unfinished."}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
+STATE = {"max_tokens": 12, "unfinished": ["A", "B"], "message": "2 unfinished."}
 
 
 @pytest.fixture
@@ -87,6 +80,15 @@ def test_the_chosen_request_stays_chosen(page):
     sync_api.expect(page.get_by_role("combobox", name="Request")).to_have_value("A")
     page.evaluate("tell({ unfinished: [] })")
     sync_api.expect(page.get_by_role("button", name="Abort")).to_be_disabled()
+
+
+def test_controls_have_names(page):
+    """Those of the boxes: the tests above find them by it."""
+    buttons = page.get_by_role("button").all()
+    assert len(buttons) == 6 and all(button.inner_text() and button.get_attribute("title") for button in buttons)
+    assert page.get_by_role("status").get_attribute("aria-live") == "polite"
+    assert page.get_by_role("textbox", name="Prompt").input_value() == "The sun rises in the"
+    assert page.get_by_role("spinbutton", name="Length").input_value() == "12"
 
 
 def test_markup_in_a_message_is_shown_as_text(page):

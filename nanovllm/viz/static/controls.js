@@ -4,7 +4,7 @@
 const FORM = `
   <form class="nanovllm nanovllm-form">
     <div class="nanovllm-controls">
-      <label class="nanovllm-prompt">Prompt <input name="prompt"></label>
+      <label class="nanovllm-prompt">Prompt <input name="prompt" value="The sun rises in the"></label>
       <label title="How many tokens the answer may have">
         Length <input name="max_tokens" type="number" required min="1" max="1000000">
       </label>
@@ -26,7 +26,6 @@ export default {
     el.innerHTML = FORM;
     const form = el.querySelector("form");
     const { prompt, max_tokens, request } = form.elements;
-    prompt.value = model.get("prompt");
     max_tokens.value = model.get("max_tokens");
 
     const press = (button) =>
@@ -39,7 +38,7 @@ export default {
       button.addEventListener("click", () => press(button.value));
     }
     form.addEventListener("keydown", (event) => {
-      if (!event.ctrlKey && !event.metaKey) event.stopPropagation(); // `b` would insert a cell, but Ctrl+S saves
+      if (!event.ctrlKey && !event.metaKey) event.stopPropagation(); // as `keepKeys` in widget.js, which says why
     });
 
     const show = () => {
