@@ -79,6 +79,7 @@ class StepGraphs:
         """Record all graphs, the largest first: the smaller ones then find room in its memory."""
         gc.collect()  # graphs of an engine that is gone: CUDA does not let them go while it records
         start, free = perf_counter(), torch.cuda.mem_get_info(device)[0]
+        stream = torch.cuda.Stream(device)  # PyTorch's own for captures stays on the GPU that captured first
         todo = [(self.graphs, bucket, self.run_model) for bucket in reversed(self.buckets)]
         todo += [(self.sample_graphs, bucket, self.run_sampler) for bucket in reversed(self.sample_buckets)]
         for graphs, bucket, run in tqdm(todo, desc="Capturing CUDA graphs", unit=" graphs"):
@@ -88,7 +89,7 @@ class StepGraphs:
             run(bucket)  # compiles kernels and chooses algorithms, which a capture must not
             torch.cuda.synchronize(device)
             graphs[bucket] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[bucket], pool=self.pool):
+            with torch.cuda.graph(graphs[bucket], pool=self.pool, stream=stream):
                 run(bucket)
         torch.cuda.synchronize(device)
         self.memory = free - torch.cuda.mem_get_info(device)[0]  # bytes
