@@ -82,7 +82,7 @@ class StepGraphs:
         stream = torch.cuda.Stream(device)  # PyTorch's own for captures stays on the GPU that captured first
         todo = [(self.graphs, bucket, self.run_model) for bucket in reversed(self.buckets)]
         todo += [(self.sample_graphs, bucket, self.run_sampler) for bucket in reversed(self.sample_buckets)]
-        for graphs, bucket, run in tqdm(todo, desc="Capturing CUDA graphs", unit=" graphs"):
+        for graphs, bucket, run in tqdm(todo, desc="Capturing CUDA graphs", unit=" graphs", delay=1):
             self.inputs.fill_(0)
             # All is padding: it must write to the dummy block.
             self.inputs[2 * bucket : 3 * bucket] = self.padding_row

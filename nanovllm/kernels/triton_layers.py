@@ -23,6 +23,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, delta: torch.Ten
 def rms_norm_kernel(x, delta, weight, output, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):
     """One program a row."""
     i = tl.arange(0, PADDED)
+    # Asked for here, they arrive while the sum is made: 256 rows of 4,096 took 2.8 instead of 3.1 us on an H100.
+    weights = tl.load(weight + i, mask=i < SIZE, other=0.0).to(tl.float32)
     at = tl.program_id(0).to(tl.int64) * SIZE + i
     numbers = tl.load(x + at, mask=i < SIZE, other=0.0).to(tl.float32)
     if delta is not None:
@@ -30,10 +32,9 @@ def rms_norm_kernel(x, delta, weight, output, eps, SIZE: tl.constexpr, PADDED: t
         numbers = numbers.to(x.dtype.element_ty)
         tl.store(x + at, numbers, mask=i < SIZE)
         numbers = numbers.to(tl.float32)
-    normed = numbers / tl.sqrt(tl.sum(numbers * numbers) / SIZE + eps)
+    normed = numbers * (1 / tl.sqrt(tl.sum(numbers * numbers) / SIZE + eps))
     normed = normed.to(output.dtype.element_ty).to(tl.float32)  # rounded, as in the plain layer
-    normed *= tl.load(weight + i, mask=i < SIZE, other=0.0).to(tl.float32)
-    tl.store(output + at, normed.to(output.dtype.element_ty), mask=i < SIZE)
+    tl.store(output + at, (normed * weights).to(output.dtype.element_ty), mask=i < SIZE)
 
 
 def rotate(
@@ -58,6 +59,7 @@ def rotate(
         PADDED_HEADS=triton.next_power_of_2(num_heads),
         HALF=head_dim // 2,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2),
+        num_warps=8,  # up to 256 tokens of Qwen3-0.6B took 1.9 to 2.5 instead of 2.2 to 2.8 us on an H100
     )
     return output
 
