@@ -182,6 +182,19 @@ def first_tile(query_start, seq, num_decodes, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def chunk_of(tile, query_start, num_decodes, num_seqs, TOKENS: tl.constexpr):
+    """The chunk that a tile belongs to, the last that does not begin later: by bisection."""
+    seq, end = num_decodes, num_seqs
+    while end - seq > 1:
+        middle = (seq + end) // 2
+        if first_tile(query_start, middle, num_decodes, TOKENS) <= tile:
+            seq = middle
+        else:
+            end = middle
+    return seq
+
+
+@triton.jit
 def blocks_of(block_tables, row, tile_begin, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """The physical block of each token in a tile."""
     key_position = tile_begin + tl.arange(0, TILE)
@@ -208,13 +221,7 @@ def attend_kernel(
     if tile < num_decodes:
         seq, first = tile, 0
     else:
-        seq, end = num_decodes, num_seqs
-        while end - seq > 1:  # bisection: ours is the last chunk that does not begin later
-            middle = (seq + end) // 2
-            if first_tile(query_start, middle, num_decodes, TOKENS) <= tile:
-                seq = middle
-            else:
-                end = middle
+        seq = chunk_of(tile, query_start, num_decodes, num_seqs, TOKENS)
         first = (tile - first_tile(query_start, seq, num_decodes, TOKENS)) * TOKENS
     start = tl.load(query_start + seq)
     query_len = tl.load(query_start + seq + 1) - start
