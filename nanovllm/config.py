@@ -36,7 +36,7 @@ class Config:
         enable_prefix_caching: share the blocks of prompts that begin alike.
         num_kv_blocks: size of the KV cache in blocks. None is as many as the memory below holds.
         kv_cache_memory: its size in bytes. None is 1 GiB on a CPU, and on a GPU what is left of
-        gpu_memory_utilization: the fraction of a GPU's memory that the engine may use.
+        gpu_memory_utilization: the fraction of a GPU's memory that may be in use, by the engine and all others there.
 
     scheduler: a class to use instead of `Scheduler`, called with `(config, block_manager)`.
     """

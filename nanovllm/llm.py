@@ -1,6 +1,6 @@
 """LLM: the engine as users hold it. Prompts in, answers out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -43,6 +43,7 @@ class LLM:
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
         self._engine: LLMEngine | None = LLMEngine(Config(model, **settings))
         self._undelivered: list[dict[str, Any]] = []  # answers to requests added by hand, finished during a `generate`
+        self._streamed: set[Request] = set()  # those that a `stream` delivers, whoever's steps finish them
 
     @property
     def engine(self) -> LLMEngine:
@@ -124,16 +125,19 @@ class LLM:
 
     def _stream(self, request: Request) -> Iterator[dict[str, Any]]:
         self.engine.enqueue(request)
-        num_chars = num_tokens = 0
+        self._streamed.add(request)
+        finish_reason, num_chars, num_tokens = None, 0, 0
         try:
-            while not request.seq.is_finished:
-                self._step({request})
+            while finish_reason is None:
+                if not request.seq.is_finished:  # in the steps of another call
+                    self._step({request})
                 answer = request.output()
                 text, token_ids = answer["text"][num_chars:], answer["token_ids"][num_tokens:]
-                num_chars, num_tokens = len(answer["text"]), len(answer["token_ids"])
-                if token_ids:
-                    yield {"text": text, "token_ids": token_ids, "finish_reason": answer["finish_reason"]}
+                finish_reason, num_chars, num_tokens = answer["finish_reason"], len(answer["text"]), len(answer["token_ids"])
+                if token_ids or finish_reason:
+                    yield {"text": text, "token_ids": token_ids, "finish_reason": finish_reason}
         finally:
+            self._streamed.remove(request)
             self._abort([request])
 
     # -- By hand -------------------------------------------------------------------------------------------------------
@@ -146,8 +150,8 @@ class LLM:
         """Make one step for all requests; returns the answers of those that finished."""
         self._settle()
         batch, finished = self.engine.step()
-        answers = self._undelivered + [request.output() for request in finished]
-        self._undelivered = []
+        self._keep(finished)
+        answers, self._undelivered = self._undelivered, []
         return answers
 
     def abort(self, request_id: int) -> dict[str, Any]:
@@ -209,12 +213,16 @@ class LLM:
     def _step(self, own: set[Request]) -> tuple[Batch, set[Request]]:
         """One step; returns which of our `own` requests it finished, and keeps the answers to others for `step`."""
         batch, finished = self.engine.advance()
-        self._undelivered += [request.output() for request in finished if request not in own]
+        self._keep(request for request in finished if request not in own)
         return batch, own.intersection(finished)
+
+    def _keep(self, finished: Iterable[Request]) -> None:
+        """The answers of `step`, now or when it is called next."""
+        self._undelivered += [request.output() for request in finished if request not in self._streamed]
 
     def _settle(self) -> None:
         """Steps that a `generate` or `stream` has left in flight come to their end; nobody's answer is lost."""
-        self._undelivered += [request.output() for request in self.engine.settle()]
+        self._keep(self.engine.settle())
 
     def _abort(self, requests: list[Request]) -> None:
         if self._engine is None:

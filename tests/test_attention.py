@@ -360,11 +360,12 @@ def test_auto_falls_back_where_the_kernels_fail(monkeypatch, caplog):
 
 
 SHARED_MEMORY = {
+    70: 98_304,
     75: 65_536,
     80: 166_912,
     89: 101_376,
     90: 232_448,
-}  # bytes a program may have: T4, A100, RTX 4090, H100
+}  # bytes a program may have: V100, T4, A100, RTX 4090, H100
 
 
 @pytest.mark.skipif(interpreter.IS_ON, reason="the interpreter does not compile")

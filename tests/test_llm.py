@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -20,6 +21,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import llm_engine
+from nanovllm.utils.loader import build_model
 from tests.conftest import collector_off
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -245,6 +247,26 @@ def test_leaving_a_stream_early_aborts_it(llm):
         break
     gc.collect()
     assert_idle(llm)
+
+
+def test_a_stream_ends_as_it_should_whoever_makes_its_steps(llm):
+    (expected,) = generate(llm, ["Hello"])
+    streams = [llm.stream("Hello", GREEDY) for _ in range(3)]
+    first = [next(stream) for stream in streams]
+    llm.step()
+    generate(llm, ["longer"], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    for piece, stream in zip(first, streams):
+        pieces = [piece, *stream]
+        assert sum((p["token_ids"] for p in pieces), []) == expected["token_ids"]
+        assert [p["finish_reason"] for p in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    assert not llm.has_unfinished_requests(), "nobody else is told of them"
+
+
+def test_a_stream_tells_that_it_was_aborted(llm):
+    stream = llm.stream("Hello", SamplingParams(max_tokens=None, ignore_eos=True))
+    next(stream)
+    llm.abort(max(llm.engine.requests))
+    assert list(stream) == [{"text": "", "token_ids": [], "finish_reason": "abort"}]
 
 
 def test_a_wrong_stream_request_raises_at_once(llm):
@@ -749,6 +771,48 @@ def keep_trace(llm):
 
 def keep_open_trace(llm):
     return llm.trace()
+
+
+def test_two_engines_in_a_thread_each(model_path):
+    """What a step tells its attention layers is nobody else's."""
+    settings = dict(dtype="float32", device="cpu", num_kv_blocks=60)
+    prompts = [[[i % 250 for i in range(start, start + n)] for start in (0, 9)] for n in (70, 30)]
+    engines = [LLM(model_path, **settings) for _ in prompts]
+    expected = [[a["token_ids"] for a in generate(llm, p)] for llm, p in zip(engines, prompts)]
+
+    def answers(i):
+        return [[a["token_ids"] for a in generate(engines[i], prompts[i])] for _ in range(15)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for i, answer in enumerate(pool.map(answers, (0, 1))):
+            assert answer == [expected[i]] * 15
+
+
+def test_another_thread_closes_the_engine(model_path):
+    for _ in range(5):
+        llm = LLM(model_path, dtype="float32", device="cpu", num_kv_blocks=60)
+        closing = threading.Timer(0.1, llm.close)
+        closing.start()
+        with pytest.raises(RuntimeError, match="has been closed"):
+            while True:
+                generate(llm, [[1, 2, 3]] * 8, SamplingParams(max_tokens=None, ignore_eos=True))
+        closing.join()
+
+
+def test_an_engine_that_could_not_be_made_leaves_nothing_behind(model_path, monkeypatch):
+    """Not even while somebody holds the error, as a notebook does until the next one."""
+    models = []
+
+    def build(*args):
+        model = build_model(*args)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("nanovllm.engine.model_runner.build_model", build)
+    with pytest.raises(ValueError, match="a KV cache of .* blocks needs") as error:
+        LLM(model_path, device="cpu", num_kv_blocks=10**9)
+    gc.collect()
+    assert [model() for model in models] == [None] and error.value is not None
 
 
 def keep_stream(llm):

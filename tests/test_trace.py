@@ -5,7 +5,7 @@ import random
 import tracemalloc
 from collections import Counter
 from pathlib import Path
-from time import process_time
+from time import perf_counter, process_time, sleep
 
 import pytest
 
@@ -13,6 +13,7 @@ import nanovllm.engine
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.recorder import Recorder
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -253,7 +254,7 @@ def long_trace() -> Trace:
         token_ids = [rng.randrange(49152) for s in batch.scheduled if s.samples]
         finished = run.scheduler.update(batch, token_ids)
         events, run.blocks.events = run.blocks.events, []
-        times = {name: rng.random() for name in ("schedule", "prepare", "forward", "sample", "update")}
+        times = {name: rng.random() for name in ("schedule", "prepare", "forward", "sample", "wait", "update")}
         run.recorder.record(events, batch, finished, times)
     run.trace.close()
     return run.trace
@@ -313,10 +314,24 @@ def test_the_trace_of_an_engine(llm):
     assert [r.output_token_ids for r in trace.requests.values()] == [output["token_ids"] for output in outputs]
     assert [r.prompt for r in trace.requests.values()] == ["The same beginning, A", "The same beginning, B", "x"]
     assert [r.finish_reason for r in trace.requests.values()] == ["length"] * 3
-    assert list(trace.steps[0].times) == ["schedule", "prepare", "forward", "sample", "update"]
+    assert list(trace.steps[0].times) == ["schedule", "prepare", "forward", "sample", "wait", "update"]
     assert all(step.num_tokens <= 8 for step in trace.steps)
     assert trace.environment["dtype"] == "float32" and "/" not in json.dumps(trace.config)
     assert repr(trace) == f"Trace: {len(trace.steps)} steps, 3 requests, 12 blocks of 4 tokens"
+
+
+def test_a_step_is_as_long_as_it_took(llm, monkeypatch):
+    """With the time in which Python waits for what a step gives, on a GPU most of it."""
+    tokens = LaunchedStep.tokens
+    monkeypatch.setattr(LaunchedStep, "tokens", lambda self: sleep(0.02) or tokens(self))
+    with llm.trace() as trace:
+        llm.add_request("Hello", PARAMS)
+        start = perf_counter()
+        while llm.has_unfinished_requests():
+            llm.step()
+        seconds = perf_counter() - start
+    assert all(step.times["wait"] >= 0.02 for step in trace.steps)
+    assert 0.8 * seconds < sum(sum(step.times.values()) for step in trace.steps) <= seconds
 
 
 def test_what_happens_between_steps_is_told_at_once(llm):
@@ -403,7 +418,7 @@ def test_chrome_trace(llm, tmp_path):
     assert len(steps) == len(trace.steps)
     for i, outer in enumerate(steps):
         phases = [s for s in slices if s is not outer and outer["ts"] <= s["ts"] < outer["ts"] + outer["dur"]]
-        assert [phase["name"] for phase in phases] == ["schedule", "prepare", "forward", "sample", "update"]
+        assert [phase["name"] for phase in phases] == ["schedule", "prepare", "forward", "sample", "wait", "update"]
         assert all(p["ts"] + p["dur"] <= outer["ts"] + outer["dur"] + 1e-3 for p in phases), "phases nest in their step"
         assert i == 0 or steps[i - 1]["ts"] + steps[i - 1]["dur"] <= outer["ts"] + 1e-3, "steps do not overlap"
     counters = {event["name"] for event in events if event["ph"] == "C"}

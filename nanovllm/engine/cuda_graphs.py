@@ -24,7 +24,8 @@ from nanovllm.utils.context import Context, use_context
 
 logger = logging.getLogger(__name__)
 
-# What is reserved for each graph. Measured on an H200: 327 MB for 102 graphs of Qwen3-0.6B, with the memory they share.
+# What is reserved for each graph, with a margin: what they take is known only once the KV cache is there. On an H100 102
+# graphs took 327 MB for Qwen3-0.6B and 252 MB for Qwen3-8B, with the memory that they share.
 BYTES_PER_GRAPH = 8 << 20
 
 
@@ -82,15 +83,20 @@ class StepGraphs:
         stream = torch.cuda.Stream(device)  # PyTorch's own for captures stays on the GPU that captured first
         todo = [(self.graphs, bucket, self.run_model) for bucket in reversed(self.buckets)]
         todo += [(self.sample_graphs, bucket, self.run_sampler) for bucket in reversed(self.sample_buckets)]
-        for graphs, bucket, run in tqdm(todo, desc="Capturing CUDA graphs", unit=" graphs", delay=1):
-            self.inputs.fill_(0)
-            # All is padding: it must write to the dummy block.
-            self.inputs[2 * bucket : 3 * bucket] = self.padding_row
-            run(bucket)  # compiles kernels and chooses algorithms, which a capture must not
-            torch.cuda.synchronize(device)
-            graphs[bucket] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[bucket], pool=self.pool, stream=stream):
-                run(bucket)
+        try:
+            for graphs, bucket, run in tqdm(todo, desc="Capturing CUDA graphs", unit=" graphs", delay=1):
+                self.inputs.fill_(0)
+                # All is padding: it must write to the dummy block.
+                self.inputs[2 * bucket : 3 * bucket] = self.padding_row
+                run(bucket)  # compiles kernels and chooses algorithms, which a capture must not
+                torch.cuda.synchronize(device)
+                graphs[bucket] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[bucket], pool=self.pool, stream=stream):
+                    run(bucket)
+        finally:
+            # cuBLAS keeps a workspace for each stream that it has seen: for this one, in the graphs' pool. Let go of, it
+            # is theirs alone, and ends with them. (PyTorch's own name for this is private, but has stayed since 2.1.)
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.synchronize(device)
         self.memory = free - torch.cuda.mem_get_info(device)[0]  # bytes
         logger.info("%d CUDA graphs captured in %.1f s, %.0f MB", len(todo), perf_counter() - start, self.memory / 1e6)

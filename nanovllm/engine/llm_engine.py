@@ -205,7 +205,8 @@ class LLMEngine:
             self.scheduler.update(batch, token_ids)
             finished = self._show(batch, launched.logprobs)
             end = perf_counter()
-            times = {"schedule": scheduled - start, **launched.times, "update": end - computed}
+            wait = computed - scheduled - sum(launched.times.values())  # for the GPU, or for ranks
+            times = {"schedule": scheduled - start, **launched.times, "wait": wait, "update": end - computed}
             self._record(batch, [request.seq for request in finished], times, launched.graph)
             self._log(batch, end - start)
         return batch, finished

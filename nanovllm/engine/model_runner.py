@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -63,14 +65,19 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        self.stepping = threading.RLock()
         try:
             self.build(config, path)
-        except torch.cuda.OutOfMemoryError as error:
-            raise ValueError(
-                f"{self.device} has too little memory for the weights, a step of {config.max_num_batched_tokens} tokens and "
-                "CUDA graphs; lower max_num_batched_tokens, max_num_seqs or kv_cache_memory, set enforce_eager=True, or share "
-                f"the model with tensor_parallel_size ({error})"
-            ) from error
+        except BaseException as error:
+            self.close()
+            forget_locals(error)
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise ValueError(
+                    f"{self.device} has too little memory for the weights, a step of {config.max_num_batched_tokens} tokens "
+                    "and CUDA graphs; lower max_num_batched_tokens, max_num_seqs or kv_cache_memory, set enforce_eager=True, "
+                    f"or share the model with tensor_parallel_size ({error})"
+                ) from error
+            raise
 
     @on_its_gpu
     def build(self, config: Config, path: Path) -> None:
@@ -181,7 +188,10 @@ class ModelRunner:
         start = perf_counter()
         inputs = self.collector.collect(batch)
         collected = perf_counter()
-        launched = self.run(inputs)
+        with self.stepping:
+            if self.is_closed:
+                raise RuntimeError("this engine has been closed; make a new LLM")
+            launched = self.run(inputs)
         launched.times["prepare"] += collected - start
         return launched
 
@@ -318,10 +328,23 @@ class ModelRunner:
             }
         ]
 
+    @property
+    def is_closed(self) -> bool:
+        return not hasattr(self, "model")
+
     def close(self) -> None:
-        """Let go of all that is large, whoever still holds this runner."""
-        for name in ("model", "kv_cache", "graphs"):
-            vars(self).pop(name, None)
+        """Let go of all that is large, whoever still holds this runner; what another thread is launching goes out first."""
+        with self.stepping:
+            for name in ("model", "kv_cache", "graphs"):
+                vars(self).pop(name, None)
+
+
+def forget_locals(error: BaseException) -> None:
+    """A notebook keeps the last error, and an error the frames that it has passed, with all that they held on a GPU."""
+    passed: BaseException | None = error
+    while passed is not None:
+        traceback.clear_frames(passed.__traceback__)
+        passed = passed.__cause__
 
 
 def resolve_device(name: str) -> torch.device:

@@ -87,7 +87,7 @@ class Step:
     finished: list[int]
     block_events: list[BlockEvent]
     sampled: dict[int, int]
-    times: dict[str, float]  # seconds for "schedule", "prepare", "forward", "sample", "update"; empty between steps
+    times: dict[str, float]  # seconds for each phase of a step, see docs/api.md; empty between steps
     graph: dict[str, int] | None = None  # {"bucket", "padding"} if a CUDA graph was replayed
     error: str | None = None  # what made the step fail
 

@@ -88,6 +88,8 @@ def fused_layers() -> ModuleType | None:
         ones = torch.ones(1, 16, device="cuda")
         module.rms_norm(ones, ones[0], 1e-6)
         return module
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler or a driver may raise
         logger.warning("Triton does not work here, norms and activations take PyTorch's kernels: %s", error)
         return None

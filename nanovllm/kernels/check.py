@@ -32,6 +32,8 @@ def choose_backend(
             triton = get_backend("triton", device)
             check(triton, num_heads, num_kv_heads, head_dim, block_size, dtype, device)
             return triton
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a compiler or a driver may raise
             logger.warning(
                 "the Triton kernels do not work here, attention falls back to torch, which is slower: %s", error

@@ -7,6 +7,7 @@ sequence's keys and values lie. That knowledge is the `Context`; the model runne
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,21 +29,19 @@ class Context:
     plan: Any = None  # what the attention backend derives from the above, once a step, for all layers
 
 
-_context: Context | None = None
+_context: ContextVar[Context] = ContextVar("context")  # each thread sees its own: two engines may run in two of them
 
 
 def get_context() -> Context:
-    """The context of the step that is running."""
-    assert _context is not None, "attention runs only inside `use_context`"
-    return _context
+    """The context of the step that is running. LookupError outside of `use_context`."""
+    return _context.get()
 
 
 @contextmanager
 def use_context(context: Context) -> Iterator[None]:
     """Make `context` the one that attention layers see, for the duration of a `with` block."""
-    global _context
-    previous, _context = _context, context
+    token = _context.set(context)
     try:
         yield
     finally:
-        _context = previous
+        _context.reset(token)

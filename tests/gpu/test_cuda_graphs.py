@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.overlap import Overlap
@@ -64,6 +65,22 @@ def test_chunks_preemption_and_sharing_replay_too(tiny_qwen3_path):
         )
         llm.close()
     assert answers[0] == answers[1]
+
+
+def test_graphs_outlive_those_of_another_engine(tiny_qwen3_path, tiny_llama_path):
+    """What cuBLAS needs in a graph is that graph's own, also when the other engine's memory is somebody else's by now."""
+    settings = dict(dtype="bfloat16", device="cuda", num_kv_blocks=100, max_num_seqs=16)
+    prompts, params = prompts_of([5, 60, 33]), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    engines = [LLM(path, **settings) for path in (tiny_qwen3_path, tiny_llama_path, tiny_qwen3_path)]
+    expected = [[a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)] for llm in engines]
+    while engines:
+        engines.pop(0).close()
+        expected.pop(0)
+        filled = torch.full((1 << 28,), torch.nan, device="cuda")  # a gigabyte
+        for llm, answers in zip(engines, expected):
+            llm.reset_prefix_cache()
+            assert [a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)] == answers
+        del filled
 
 
 def test_padding_touches_nobody(pair):

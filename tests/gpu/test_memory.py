@@ -52,6 +52,15 @@ def test_too_little_memory_says_how_much_and_what_to_turn(tiny_qwen3_path):
         LLM(tiny_qwen3_path, device="cuda", gpu_memory_utilization=0.001)
 
 
+def test_an_engine_that_could_not_be_made_leaves_nothing_behind(tiny_qwen3_path):
+    LLM(tiny_qwen3_path, device="cuda", num_kv_blocks=100).close()
+    before = used()
+    with pytest.raises(ValueError, match="a KV cache of .* blocks needs") as error:
+        LLM(tiny_qwen3_path, device="cuda", num_kv_blocks=10**9)
+    torch.cuda.empty_cache()
+    assert used() <= before + (8 << 20) and error.value is not None
+
+
 def test_ten_engines_one_after_the_other_leave_nothing_behind(tiny_qwen3_path):
     settings = dict(dtype="float32", device="cuda", num_kv_blocks=100, max_num_seqs=16)
     LLM(tiny_qwen3_path, **settings).close()

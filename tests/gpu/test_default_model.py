@@ -1,0 +1,37 @@
+"""The default model, a real one, answers greedily on a GPU as transformers does there, in every number format."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nanovllm import LLM, SamplingParams
+
+from ..greedy import PROMPTS, encode, run
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+
+# How far below the best logit in float32, which is some 27, that of a token may lie which rounding made the best.
+CLOSE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.5}
+
+
+@pytest.fixture(scope="module")
+def judge(default_model_path):
+    return AutoModelForCausalLM.from_pretrained(default_model_path, dtype=torch.float32, device_map={"": "cuda"})
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_greedy_on_the_default_model_equals_transformers(default_model_path, judge, dtype, enforce_eager):
+    """transformers, shown a prompt and our answer at once, would have chosen each of our tokens next, or nearly."""
+    llm = LLM(default_model_path, device="cuda", dtype=dtype, enforce_eager=enforce_eager, num_kv_blocks=1000)
+    prompts = [encode(llm.engine.tokenizer, prompt) for prompt in PROMPTS]
+    answers = run(llm, prompts, GREEDY, "together")
+    llm.close()
+    worst = 0.0
+    for prompt, answer in zip(prompts, answers):
+        token_ids = torch.tensor([prompt + answer], device="cuda")
+        with torch.inference_mode():
+            logits = judge(token_ids, logits_to_keep=len(answer) + 1).logits[0, :-1]
+        chosen = logits.gather(1, token_ids[0, len(prompt) :, None])[:, 0]
+        worst = max(worst, (logits.amax(1) - chosen).max().item())
+    assert worst < CLOSE[dtype]
