@@ -52,13 +52,16 @@ def test_too_little_memory_says_how_much_and_what_to_turn(tiny_qwen3_path):
         LLM(tiny_qwen3_path, device="cuda", gpu_memory_utilization=0.001)
 
 
-def test_an_engine_that_could_not_be_made_leaves_nothing_behind(tiny_qwen3_path):
-    LLM(tiny_qwen3_path, device="cuda", num_kv_blocks=100).close()
-    before = used()
-    with pytest.raises(ValueError, match="a KV cache of .* blocks needs") as error:
-        LLM(tiny_qwen3_path, device="cuda", num_kv_blocks=10**9)
-    torch.cuda.empty_cache()
-    assert used() <= before + (8 << 20) and error.value is not None
+def test_engines_that_could_not_be_made_leave_nothing_behind(tiny_qwen3_path):
+    """Not even while somebody holds the errors, as a notebook does."""
+    errors, after = [], []
+    for _ in range(4):
+        with pytest.raises(ValueError, match="a KV cache of .* blocks needs") as error:
+            LLM(tiny_qwen3_path, device="cuda", num_kv_blocks=10**9)
+        errors.append(error.value)
+        torch.cuda.empty_cache()
+        after.append(used())
+    assert after[-1] <= after[0] + (1 << 20)
 
 
 def test_ten_engines_one_after_the_other_leave_nothing_behind(tiny_qwen3_path):
