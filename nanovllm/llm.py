@@ -126,14 +126,16 @@ class LLM:
     def _stream(self, request: Request) -> Iterator[dict[str, Any]]:
         self.engine.enqueue(request)
         self._streamed.add(request)
-        finish_reason, num_chars, num_tokens = None, 0, 0
+        num_chars = num_tokens = 0
+        finish_reason = None
         try:
             while finish_reason is None:
-                if not request.seq.is_finished:  # in the steps of another call
+                if not request.seq.is_finished:  # the steps of another call may have brought it to its end
                     self._step({request})
                 answer = request.output()
+                finish_reason = answer["finish_reason"]
                 text, token_ids = answer["text"][num_chars:], answer["token_ids"][num_tokens:]
-                finish_reason, num_chars, num_tokens = answer["finish_reason"], len(answer["text"]), len(answer["token_ids"])
+                num_chars, num_tokens = num_chars + len(text), num_tokens + len(token_ids)
                 if token_ids or finish_reason:
                     yield {"text": text, "token_ids": token_ids, "finish_reason": finish_reason}
         finally:
