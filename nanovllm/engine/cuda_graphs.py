@@ -12,6 +12,8 @@ That works because a layer stores the keys and values of all tokens before any o
 
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 
 import numpy as np
@@ -80,10 +82,9 @@ class StepGraphs:
         """Record all graphs, the largest first: the smaller ones then find room in its memory."""
         gc.collect()  # graphs of an engine that is gone: CUDA does not let them go while it records
         start, free = perf_counter(), torch.cuda.mem_get_info(device)[0]
-        stream = torch.cuda.Stream(device)  # PyTorch's own for captures stays on the GPU that captured first
         todo = [(self.graphs, bucket, self.run_model) for bucket in reversed(self.buckets)]
         todo += [(self.sample_graphs, bucket, self.run_sampler) for bucket in reversed(self.sample_buckets)]
-        try:
+        with capture_stream(device) as stream:
             for graphs, bucket, run in tqdm(todo, desc="Capturing CUDA graphs", unit=" graphs", delay=1):
                 self.inputs.fill_(0)
                 # All is padding: it must write to the dummy block.
@@ -93,10 +94,6 @@ class StepGraphs:
                 graphs[bucket] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graphs[bucket], pool=self.pool, stream=stream):
                     run(bucket)
-        finally:
-            # cuBLAS keeps a workspace for each stream that it has seen: for this one, in the graphs' pool. Let go of, it
-            # is theirs alone, and ends with them. (PyTorch's own name for this is private, but has stayed since 2.1.)
-            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.synchronize(device)
         self.memory = free - torch.cuda.mem_get_info(device)[0]  # bytes
         logger.info("%d CUDA graphs captured in %.1f s, %.0f MB", len(todo), perf_counter() - start, self.memory / 1e6)
@@ -179,6 +176,19 @@ class StepGraphs:
     def write(self, table: torch.Tensor, places: np.ndarray, values: np.ndarray) -> None:
         """Change some numbers of a table, one-dimensional, on the device."""
         table.index_copy_(0, copied(places, table.device), copied(values, table.device))
+
+
+@contextmanager
+def capture_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """A stream to capture on: of this GPU (PyTorch's own for captures stays on the one that captured first), and no other's.
+
+    cuBLAS keeps a workspace for each stream that it has seen: for this one, in the graphs' pool. Let go of, it is theirs
+    alone, and ends with them. (What lets it go is private in PyTorch, but has been there since 2.1.)
+    """
+    try:
+        yield torch.cuda.Stream(device)
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def memory_of_graphs(max_num_tokens: int, max_num_seqs: int) -> int:

@@ -4,7 +4,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from types import SimpleNamespace
@@ -198,7 +198,7 @@ def in_the_place_of_cuda_graphs(tape: Callable[[], Any]) -> Iterator[None]:
     """
 
     @contextmanager
-    def capturing(graph: Any, pool: Any = None) -> Iterator[None]:
+    def capturing(graph: Any, pool: Any, stream: Any) -> Iterator[None]:
         with graph:
             yield
 
@@ -211,6 +211,7 @@ def in_the_place_of_cuda_graphs(tape: Callable[[], Any]) -> Iterator[None]:
         (torch.cuda, "graph_pool_handle", lambda: None),
         (torch.cuda, "synchronize", lambda device=None: None),
         (torch.cuda, "mem_get_info", lambda device=None: (0, 0)),
+        (cuda_graphs, "capture_stream", nullcontext),
         (cuda_graphs, "tqdm", lambda todo, **_: todo),
         (cuda_graphs, "pinned", torch.from_numpy),
     ]
