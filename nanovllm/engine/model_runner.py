@@ -65,7 +65,7 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.stepping = threading.RLock()  # held while a step is launched, and to close: that may come from another thread
+        self.stepping = threading.RLock()  # held to launch a step, and to close, which another thread may do
         try:
             self.build(config, path)
         except BaseException as error:
