@@ -25,7 +25,7 @@ def path():
 
 @pytest.fixture(scope="module")
 def judge(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map={"": "cuda"})
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to("cuda")
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
