@@ -1,6 +1,7 @@
 """LLM: the engine as users hold it. Prompts in, answers out."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -43,7 +44,7 @@ class LLM:
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
         self._engine: LLMEngine | None = LLMEngine(Config(model, **settings))
         self._undelivered: list[dict[str, Any]] = []  # answers to requests added by hand, finished during a `generate`
-        self._streamed: set[Request] = set()  # those that a `stream` delivers, whoever's steps finish them
+        self._awaited: set[Request] = set()  # those that a `generate` or `stream` delivers, whoever's steps finish them
 
     @property
     def engine(self) -> LLMEngine:
@@ -71,16 +72,14 @@ class LLM:
             TypeError, ValueError: a request is wrong; the message names it by its index, and none has been queued.
         """
         requests = self._enqueue([prompts] if isinstance(prompts, str) else prompts, sampling_params)
-        try:
-            pending = set(requests)
-            with Progress(len(requests), disable=not use_tqdm) as progress:
-                while pending:
-                    start = perf_counter()
-                    batch, finished = self._step(pending)
-                    pending -= finished
-                    progress.update(batch, len(finished), perf_counter() - start)
-        finally:
-            self._abort(requests)  # those left if the cell was interrupted or a step failed
+        pending = set(requests)
+        with self._awaiting(requests), Progress(len(requests), disable=not use_tqdm) as progress:
+            while pending:
+                start = perf_counter()
+                batch, all_finished = self._step()
+                finished = pending.intersection(all_finished)
+                pending -= finished
+                progress.update(batch, len(finished), perf_counter() - start)
         return [request.output() for request in requests]
 
     def chat(
@@ -125,22 +124,18 @@ class LLM:
 
     def _stream(self, request: Request) -> Iterator[dict[str, Any]]:
         self.engine.enqueue(request)
-        self._streamed.add(request)
         num_chars = num_tokens = 0
         finish_reason = None
-        try:
+        with self._awaiting([request]):
             while finish_reason is None:
                 if not request.seq.is_finished:  # the steps of another call may have brought it to its end
-                    self._step({request})
+                    self._step()
                 answer = request.output()
                 finish_reason = answer["finish_reason"]
                 text, token_ids = answer["text"][num_chars:], answer["token_ids"][num_tokens:]
                 num_chars, num_tokens = num_chars + len(text), num_tokens + len(token_ids)
                 if token_ids or finish_reason:
                     yield {"text": text, "token_ids": token_ids, "finish_reason": finish_reason}
-        finally:
-            self._streamed.remove(request)
-            self._abort([request])
 
     # -- By hand -------------------------------------------------------------------------------------------------------
 
@@ -212,26 +207,31 @@ class LLM:
             self.engine.enqueue(request)
         return requests
 
-    def _step(self, own: set[Request]) -> tuple[Batch, set[Request]]:
-        """One step; returns which of our `own` requests it finished, and keeps the answers to others for `step`."""
+    def _step(self) -> tuple[Batch, list[Request]]:
+        """One step of a `generate` or `stream`; returns the requests that it finished."""
         batch, finished = self.engine.advance()
-        self._keep(request for request in finished if request not in own)
-        return batch, own.intersection(finished)
+        self._keep(finished)
+        return batch, finished
 
-    def _keep(self, finished: Iterable[Request]) -> None:
-        """The answers of `step`, now or when it is called next."""
-        self._undelivered += [request.output() for request in finished if request not in self._streamed]
+    def _keep(self, finished: list[Request]) -> None:
+        """Those that nobody awaits are the answers of `step`, now or when it is called next."""
+        self._undelivered += [request.output() for request in finished if request not in self._awaited]
 
     def _settle(self) -> None:
         """Steps that a `generate` or `stream` has left in flight come to their end; nobody's answer is lost."""
         self._keep(self.engine.settle())
 
-    def _abort(self, requests: list[Request]) -> None:
-        if self._engine is None:
-            return  # closed meanwhile, and they with it
-        for request in requests:
-            if not request.seq.is_finished:
-                self._engine.abort(request.seq.id)
+    @contextmanager
+    def _awaiting(self, requests: list[Request]) -> Iterator[None]:
+        """Deliver these requests ourselves. Those left are aborted: a cell was interrupted, a step failed, a loop was left."""
+        self._awaited.update(requests)
+        try:
+            yield
+        finally:
+            self._awaited.difference_update(requests)
+            for request in requests:
+                if self._engine is not None and not request.seq.is_finished:  # closed, and they are gone with it
+                    self._engine.abort(request.seq.id)
 
 
 class Progress:

@@ -4,6 +4,9 @@ import json
 import random
 from pathlib import Path
 
+import torch
+from transformers import PreTrainedModel
+
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import Scheduler
 
@@ -33,6 +36,13 @@ def encode(tokenizer, prompt) -> list[int]:
     if text is None:
         text = tokenizer.apply_chat_template(prompt["messages"], tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text)[:LONGEST]
+
+
+def judged(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """The logits from which transformers would choose each token of an answer, shown it and the prompt at once."""
+    token_ids = torch.tensor([prompt + answer], device=model.device)
+    with torch.inference_mode():
+        return model(token_ids, logits_to_keep=len(answer) + 1).logits[0, :-1]
 
 
 def run(llm: LLM, prompts: list[list[int]], params: SamplingParams, order: str) -> list[list[int]]:

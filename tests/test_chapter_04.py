@@ -18,6 +18,7 @@ from nanovllm.lessons.chapter_04 import (
     record_batching,
     slots_over_steps,
 )
+from nanovllm.lessons.record import RECORDINGS
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.lessons.tiny import tiny_llm
 from tests.test_notebooks import check_numbers_are_seen, check_told, read
@@ -75,7 +76,7 @@ DERIVED = {
 
 
 def test_what_the_fixed_part_is_worth_on_a_gpu():
-    records = json.loads((NOTEBOOKS / "recordings" / "07_benchmark.json").read_text())["records"]
+    records = json.loads((RECORDINGS / "07_benchmark.json").read_text())["records"]
     records = {record["measurement"]: record for record in records}
     per_token = records["prefill, 8 x 1024 tokens"]["milliseconds"] / 8192
     assert round(records["decode step, batch 1"]["value"] / per_token, -2) == 700

@@ -773,6 +773,28 @@ def keep_open_trace(llm):
     return llm.trace()
 
 
+def keep_stream(llm):
+    stream = llm.stream("Hi", SamplingParams(max_tokens=30, ignore_eos=True))
+    next(stream)
+    return stream
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("keep", [keep_trace, keep_open_trace, keep_stream])
+def test_a_closed_engine_goes_whatever_is_kept_of_it(model_path, keep):
+    """At once, with weights and KV cache, and not when Python next looks for cycles."""
+    llm = LLM(model_path, dtype="float32", device="cpu", num_kv_blocks=40)
+    engine = weakref.ref(llm.engine)
+    kept = keep(llm)
+    with collector_off():
+        llm.close()
+        assert engine() is None
+    if keep is keep_stream:
+        kept.close()  # its request went with the engine
+    else:
+        assert repr(kept).startswith("Trace")
+
+
 def test_two_engines_in_a_thread_each(model_path):
     """What a step tells its attention layers is nobody else's."""
     settings = dict(dtype="float32", device="cpu", num_kv_blocks=60)
@@ -813,25 +835,3 @@ def test_an_engine_that_could_not_be_made_leaves_nothing_behind(model_path, monk
         LLM(model_path, device="cpu", num_kv_blocks=10**9)
     gc.collect()
     assert [model() for model in models] == [None] and error.value is not None
-
-
-def keep_stream(llm):
-    stream = llm.stream("Hi", SamplingParams(max_tokens=30, ignore_eos=True))
-    next(stream)
-    return stream
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("keep", [keep_trace, keep_open_trace, keep_stream])
-def test_a_closed_engine_goes_whatever_is_kept_of_it(model_path, keep):
-    """At once, with weights and KV cache, and not when Python next looks for cycles."""
-    llm = LLM(model_path, dtype="float32", device="cpu", num_kv_blocks=40)
-    engine = weakref.ref(llm.engine)
-    kept = keep(llm)
-    with collector_off():
-        llm.close()
-        assert engine() is None
-    if keep is keep_stream:
-        kept.close()  # its request went with the engine
-    else:
-        assert repr(kept).startswith("Trace")

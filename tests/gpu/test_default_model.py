@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from nanovllm import LLM, SamplingParams
 from nanovllm.utils.hub import ModelUnavailableError, resolve_model
 
-from ..greedy import PROMPTS, encode, run
+from ..greedy import PROMPTS, encode, judged, run
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 
@@ -38,9 +38,7 @@ def test_greedy_on_the_default_model_equals_transformers(path, judge, dtype, enf
     llm.close()
     worst = 0.0
     for prompt, answer in zip(prompts, answers):
-        token_ids = torch.tensor([prompt + answer], device="cuda")
-        with torch.inference_mode():
-            logits = judge(token_ids, logits_to_keep=len(answer) + 1).logits[0, :-1]
-        chosen = logits.gather(1, token_ids[0, len(prompt) :, None])[:, 0]
+        logits = judged(judge, prompt, answer)
+        chosen = logits[range(len(answer)), answer]
         worst = max(worst, (logits.amax(1) - chosen).max().item())
     assert worst < CLOSE[dtype]
