@@ -3,33 +3,56 @@
 So the buffers, the padding and the tokens that are still in flight are tested without a GPU; tests/gpu records for real.
 """
 
+import gc
 import sys
+import weakref
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import cuda_graphs
+from nanovllm.engine import buckets, cuda_graphs
+from nanovllm.engine.buckets import BUCKETS, bucket_of
 from nanovllm.engine.overlap import Overlap
 from nanovllm.engine.step_inputs import IN_FLIGHT
+from nanovllm.lessons.chapter_05 import Recorder
 from tests import flash_stand_in
+
+
+class Tape(Recorder):
+    """A piece of a graph: its operators are noted, and carried out again into the same memory."""
+
+    def capture_begin(self, pool):
+        self.__enter__()
+
+    def capture_end(self):
+        self.__exit__(None, None, None)
 
 
 @pytest.fixture
 def replaying(model_path, monkeypatch):
     """Makes engines on a CPU whose steps go through `StepGraphs`, greedily."""
 
+    @torch.inference_mode()
     def capture(self, device):
-        self.memory = 0
+        for bucket in self.large.buckets:
+            self.inputs[2 * bucket : 3 * bucket] = self.padding_row
+            self.large.capture(bucket, stream=None)
         for buckets, graphs, run in (
-            (self.buckets, self.graphs, self.run_model),
-            (self.sample_buckets, self.sample_graphs, self.run_sampler),
+            (self.buckets, self.graphs, cuda_graphs.StepGraphs.run_model),
+            (self.sample_buckets, self.sample_graphs, cuda_graphs.StepGraphs.run_sampler),
         ):
             for bucket in buckets:
-                graphs[bucket] = SimpleNamespace(replay=torch.inference_mode()(lambda b=bucket, run=run: run(b)))
+                replay = partial(run, weakref.proxy(self), bucket)
+                graphs[bucket] = SimpleNamespace(replay=torch.inference_mode()(replay))
 
     monkeypatch.setattr(cuda_graphs.StepGraphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(cuda_graphs, "pinned", torch.from_numpy)
     greedy = lambda logits, temperature, keys: logits.argmax(dim=-1)  # noqa: E731
@@ -60,9 +83,19 @@ def test_the_same_tokens(replaying, model_path, overlaps, budget):
     assert len(llm.engine.block_manager.free) == 14
 
 
+@pytest.fixture
+def no_pieces(monkeypatch):
+    """Steps of more than 512 tokens run eagerly, as those of more than 8,192 do: so many are slow to test on a CPU."""
+    monkeypatch.setattr(buckets, "ALL_BUCKETS", BUCKETS)
+    monkeypatch.setattr(cuda_graphs, "large_buckets_up_to", lambda most: [])
+
+
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_a_step_too_large_for_any_graph(replaying, model_path, overlaps):
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_a_large_step(request, replaying, model_path, in_pieces, overlaps):
     """Long prompts run beside those who decode: the tokens of these are in flight, and looked up without a graph, too."""
+    if not in_pieces:
+        request.getfixturevalue("no_pieces")
     prompts = [[1, 2, 3], [i % 250 for i in range(900)], [i % 241 for i in range(9, 909)]]
     plain = LLM(model_path, dtype="float32", device="cpu")
     expected = [a["token_ids"] for a in plain.generate(prompts, GREEDY, use_tqdm=False)]
@@ -71,7 +104,8 @@ def test_a_step_too_large_for_any_graph(replaying, model_path, overlaps):
 
     def watched(inputs):
         launched = run(inputs)
-        if launched.graph is None:
+        if len(inputs.input_ids) > BUCKETS[-1]:
+            assert launched.graph == ({"bucket": 640, "padding": 40} if in_pieces else None)
             in_flight.append(int((inputs.input_ids == IN_FLIGHT).sum()))
         return launched
 
@@ -98,18 +132,21 @@ def test_the_flash_attention_backend_gives_the_same_tokens(replaying, model_path
     assert [a["token_ids"] for a in llm.generate(LONG, GREEDY, use_tqdm=False)] == expected
 
 
-def test_padding_writes_to_the_dummy_block_alone(replaying):
-    llm = replaying(False, num_kv_blocks=60, max_num_batched_tokens=64)
+@pytest.mark.parametrize("prompt_lens, bucket", [([], 8), ([580], 576)])  # five decodes; a prompt beside them
+def test_padding_writes_to_the_dummy_block_alone(replaying, prompt_lens, bucket):
+    llm = replaying(False, num_kv_blocks=100, max_num_batched_tokens=600)
     for prompt in PROMPTS[:5]:
         llm.add_request(prompt, GREEDY)
     for _ in range(4):
         llm.step()
+    for n in prompt_lens:
+        llm.add_request([i % 250 for i in range(9, 9 + n)], GREEDY)
     cache = llm.engine.model_runner.kv_cache  # [2, layers, blocks, block_size, kv_heads, head_dim]
     before = cache.clone()
     batch, _ = llm.engine.step()
-    assert batch.num_tokens == 5  # three rows of padding
+    assert bucket_of(batch.num_tokens) == bucket > batch.num_tokens
     changed = (before != cache).flatten(4).any(dim=-1).any(dim=0).any(dim=0)  # [blocks, block_size]
-    assert changed[:-1].sum() == 5
+    assert changed[:-1].sum() == batch.num_tokens
 
 
 def test_a_table_is_changed_where_it_has_changed(replaying):
@@ -127,6 +164,20 @@ def test_a_table_is_changed_where_it_has_changed(replaying):
     assert (graphs.block_tables[-1] == 60).all()  # the row for padding leads to the dummy block
 
 
+def test_closing_lets_go_of_graphs_at_once(replaying):
+    """Not when Python next looks for circles: the memory is wanted by the engine that comes after."""
+    llm = replaying(False, num_kv_blocks=60, max_num_batched_tokens=600)
+    llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)
+    held = weakref.ref(llm.engine.model_runner.graphs), weakref.ref(llm.engine.model_runner.graphs.large)
+    gc.collect()
+    gc.disable()
+    try:
+        llm.close()
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_a_trace_tells_which_graph_was_replayed(replaying):
     llm = replaying(False, num_kv_blocks=60, max_num_batched_tokens=600)
     with llm.trace() as trace:
@@ -136,4 +187,4 @@ def test_a_trace_tells_which_graph_was_replayed(replaying):
     assert decode.graph == {"bucket": 8, "padding": 1}
     with llm.trace() as trace:
         llm.generate([[i % 250 for i in range(7, 600)]], GREEDY, use_tqdm=False)
-    assert [step.graph for step in trace.steps[:2]] == [None, {"bucket": 1, "padding": 0}]
+    assert [step.graph for step in trace.steps[:2]] == [{"bucket": 640, "padding": 63}, {"bucket": 1, "padding": 0}]

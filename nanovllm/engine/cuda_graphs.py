@@ -7,13 +7,15 @@ contents of the tensors that were used at capture. So the number of tokens is ro
 
 In a graph each token is a row by itself: it has a block table of its own, that of its sequence, and looks back on all
 positions up to its own. So a graph does not care whose tokens they are: decodes, the chunks of short prompts, or both.
-That works because a layer stores the keys and values of all tokens before any of them attends.
+That works because a layer stores the keys and values of all tokens before any of them attends. (Steps of more than 512
+tokens, in which that would be slow, replay `piecewise_graphs.py`.)
 """
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -21,7 +23,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanovllm.engine.buckets import bucket_of, buckets_up_to
+from nanovllm.engine.buckets import bucket_of, buckets_up_to, large_buckets_up_to
+from nanovllm.engine.piecewise_graphs import PiecewiseGraphs
 from nanovllm.utils.context import Context, use_context
 
 logger = logging.getLogger(__name__)
@@ -32,7 +35,7 @@ BYTES_PER_GRAPH = 8 << 20
 
 
 class StepGraphs:
-    """A graph of the model for each bucket, and one of the head and the sampler; they share one pool of memory.
+    """A graph of the model for each bucket, and one of the head and the sampler; all graphs share one pool of memory.
 
     Args:
         model: as in `nanovllm.models`, bound to a KV cache of `num_blocks` blocks and the dummy block after them.
@@ -58,7 +61,8 @@ class StepGraphs:
         self.model, self.block_size, self.padding_row = model, block_size, num_rows
         self.buckets = buckets_up_to(max_num_tokens)
         self.sample_buckets = buckets_up_to(min(max_num_seqs, self.buckets[-1]))
-        largest, most_sampled = self.buckets[-1], self.sample_buckets[-1]
+        large_buckets = large_buckets_up_to(max_num_tokens)
+        largest, most_sampled = max(self.buckets + large_buckets), self.sample_buckets[-1]
 
         # What a step writes: ids, positions and rows of its tokens; hidden rows, rows and random bits of those it samples.
         self.inputs = torch.zeros(3 * largest, dtype=torch.int64, device=device)
@@ -71,51 +75,68 @@ class StepGraphs:
         self.hidden_states = torch.zeros(largest, hidden_size, dtype=dtype, device=device)
         self.token_ids = torch.zeros(most_sampled, dtype=torch.int64, device=device)
 
-        self.query_start = torch.arange(largest + 1, dtype=torch.int32, device=device)
+        self.query_start = torch.arange(self.buckets[-1] + 1, dtype=torch.int32, device=device)
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.sample_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.large = PiecewiseGraphs(self, large_buckets)
         self.capture(device)
 
     @torch.inference_mode()
     def capture(self, device: torch.device) -> None:
         """Record all graphs, the largest first: the smaller ones then find room in its memory."""
         gc.collect()  # graphs of an engine that is gone: CUDA does not let them go while it records
-        start, free = perf_counter(), torch.cuda.mem_get_info(device)[0]
-        todo = [(self.graphs, bucket, self.run_model) for bucket in reversed(self.buckets)]
-        todo += [(self.sample_graphs, bucket, self.run_sampler) for bucket in reversed(self.sample_buckets)]
+        start = perf_counter()
+        todo = [(self.large.capture, bucket) for bucket in reversed(self.large.buckets)]
+        todo += [(self.capture_model, bucket) for bucket in reversed(self.buckets)]
+        todo += [(self.capture_sampler, bucket) for bucket in reversed(self.sample_buckets)]
         with capture_stream(device) as stream:
-            for graphs, bucket, run in tqdm(todo, desc="Capturing CUDA graphs", unit=" graphs", delay=1):
+            for capture, bucket in tqdm(todo, desc="Capturing CUDA graphs", unit=" graphs", delay=1):
                 self.inputs.fill_(0)
-                # All is padding: it must write to the dummy block.
-                self.inputs[2 * bucket : 3 * bucket] = self.padding_row
-                run(bucket)  # compiles kernels and chooses algorithms, which a capture must not
-                torch.cuda.synchronize(device)
-                graphs[bucket] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graphs[bucket], pool=self.pool, stream=stream):
-                    run(bucket)
+                self.inputs[2 * bucket : 3 * bucket] = self.padding_row  # all is padding: it writes to the dummy block
+                capture(bucket, stream)
         torch.cuda.synchronize(device)
-        self.memory = free - torch.cuda.mem_get_info(device)[0]  # bytes
-        logger.info("%d CUDA graphs captured in %.1f s, %.0f MB", len(todo), perf_counter() - start, self.memory / 1e6)
+        logger.info("CUDA graphs for %d sizes captured in %.1f s", len(todo), perf_counter() - start)
+
+    def capture_model(self, bucket: int, stream: torch.cuda.Stream) -> None:
+        self.graphs[bucket] = self.record(partial(self.run_model, bucket), stream)
+
+    def capture_sampler(self, bucket: int, stream: torch.cuda.Stream) -> None:
+        self.sample_graphs[bucket] = self.record(partial(self.run_sampler, bucket), stream)
+
+    def record(self, run: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        run()  # compiles kernels and chooses algorithms, which a capture must not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
+            run()
+        return graph
 
     # -- What is recorded ----------------------------------------------------------------------------------------------
 
     def run_model(self, bucket: int) -> None:
         """Hidden states of the bucket's tokens."""
-        input_ids, positions, rows = self.inputs[: 3 * bucket].view(3, bucket)
-        input_ids = self.known(input_ids, rows)
-        block_tables = self.block_tables.index_select(0, rows)  # [bucket, max_num_blocks]
-        blocks = block_tables.gather(1, (positions // self.block_size).unsqueeze(1)).squeeze(1)
+        input_ids, positions, rows = self.tokens_of(bucket)
         context = Context(
             block_size=self.block_size,
             num_decodes=bucket,
             query_start=self.query_start[: bucket + 1],
             context_lens=(positions + 1).int(),
-            block_tables=block_tables,
-            slot_mapping=blocks.long() * self.block_size + positions % self.block_size,
+            block_tables=self.block_tables.index_select(0, rows),  # [bucket, max_num_blocks]
+            slot_mapping=self.slots_of(positions, rows),
         )
         with use_context(context):
             self.hidden_states[:bucket] = self.model(input_ids, positions)
+
+    def tokens_of(self, bucket: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, positions and rows of the bucket's tokens, `[bucket]` each."""
+        input_ids, positions, rows = self.inputs[: 3 * bucket].view(3, bucket)
+        return self.known(input_ids, rows), positions, rows
+
+    def slots_of(self, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Where keys and values of some tokens go, `[num_tokens]`."""
+        blocks = self.block_tables[rows, positions // self.block_size]
+        return blocks.long() * self.block_size + positions % self.block_size
 
     def run_sampler(self, bucket: int) -> None:
         """Tokens for some of the hidden states, greedy or by temperature."""
@@ -141,9 +162,7 @@ class StepGraphs:
 
         `rows` says for each token in which row of the table its sequence's block table stands.
         """
-        self.run_graph(
-            self.graphs, self.inputs, np.stack([input_ids, positions, rows]), padding=[0, 0, self.padding_row]
-        )
+        self.run_graph(self.graphs, self.inputs, np.stack([input_ids, positions, rows]), [0, 0, self.padding_row])
         return self.hidden_states[: len(input_ids)]
 
     def samples_at_once(self, num_sampled: int) -> bool:
@@ -165,13 +184,17 @@ class StepGraphs:
         self, graphs: dict[int, torch.cuda.CUDAGraph], buffer: torch.Tensor, inputs: np.ndarray, padding: list[int]
     ) -> None:
         """Replay the graph of the next bucket for `inputs`, `[3, n]`, with columns of `padding` behind them."""
+        graphs[self.fill(buffer, inputs, padding)].replay()
+
+    def fill(self, buffer: torch.Tensor, inputs: np.ndarray, padding: list[int]) -> int:
+        """Write a step's inputs and padding where the graph of their bucket reads them; returns the bucket."""
         n = inputs.shape[1]
         bucket = bucket_of(n)
         assert bucket is not None
         padded = np.repeat(np.array(padding)[:, None], bucket, axis=1)  # [3, bucket]
         padded[:, :n] = inputs
         buffer[: 3 * bucket].copy_(pinned(padded.ravel()), non_blocking=True)
-        graphs[bucket].replay()
+        return bucket
 
     def write(self, table: torch.Tensor, places: np.ndarray, values: np.ndarray) -> None:
         """Change some numbers of a table, one-dimensional, on the device."""

@@ -16,9 +16,9 @@ import torch
 from transformers import PretrainedConfig
 
 from nanovllm.config import Config
-from nanovllm.engine.buckets import bucket_of
+from nanovllm.engine.buckets import bucket_of, large_buckets_up_to
 from nanovllm.engine.cuda_graphs import StepGraphs, copied, memory_of_graphs
-from nanovllm.engine.kv_cache import MemoryUse, block_bytes, size_kv_cache
+from nanovllm.engine.kv_cache import MemoryUse, block_bytes, free_memory, size_kv_cache
 from nanovllm.engine.launched_step import LaunchedStep, Likeliest
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputCollector, StepInputs
@@ -116,9 +116,12 @@ class ModelRunner:
         if self.device.type == "cuda":
             self.memory.weights = sum(parameter.nbytes for parameter in self.model.parameters())
             self.bind(attention, backend, backend.allocate(len(attention), 0, *shape, self.dtype, self.device))
-            self.memory.step = self.measure_step(config)
+            most = config.max_num_batched_tokens
+            self.memory.step = self.peak_of_step(most, num_sampled=min(config.max_num_seqs, most))
             if has_graphs:
-                self.memory.graphs = memory_of_graphs(config.max_num_batched_tokens, config.max_num_seqs)
+                self.memory.graphs = memory_of_graphs(most, config.max_num_seqs)
+                if large := large_buckets_up_to(most):
+                    self.memory.graphs += self.peak_of_step(large[-1], num_sampled=0)
         reserved = self.memory.step + self.memory.graphs
         num_blocks = size_kv_cache(config, self.bytes_per_block, self.device, reserved)
         self.num_blocks = self.ranks.smallest(num_blocks, self.device)  # one table of blocks for all of them
@@ -141,12 +144,11 @@ class ModelRunner:
             layer.bind(backend, k_cache, v_cache)
 
     @torch.inference_mode()
-    def measure_step(self, config: Config) -> int:
-        """Bytes that a step takes in between, at most: one with all the tokens and all the logits that there can be.
+    def peak_of_step(self, num_tokens: int, num_sampled: int) -> int:
+        """Bytes that a step of so many tokens takes in between, at most.
 
-        Its keys and values go to the dummy block, the only one that there is so far.
+        It is one sequence, whose keys and values go to the dummy block, the only one that there is so far.
         """
-        num_tokens = config.max_num_batched_tokens
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         context = Context(
@@ -160,14 +162,16 @@ class ModelRunner:
         positions = torch.arange(num_tokens, device=self.device)
         with use_context(context):
             hidden_states = self.model(torch.zeros_like(positions), positions)
-        # Sampled in the way that takes most: random, from a nucleus so wide that the whole vocabulary must be sorted.
-        rows = np.zeros(min(config.max_num_seqs, num_tokens), np.int64)
-        self.temperature[0], self.top_p[0], self.truncates[0] = 1e6, 0.999, True
-        self.choose(self.model.compute_logits(hidden_states[: len(rows)]), rows, rows)  # type: ignore[operator]
-        self.temperature[0], self.top_p[0], self.truncates[0] = 0, 0, False
+        if num_sampled:
+            # In the way that takes most: random, from a nucleus so wide that the whole vocabulary must be sorted.
+            rows = np.zeros(num_sampled, np.int64)
+            self.temperature[0], self.top_p[0], self.truncates[0] = 1e6, 0.999, True
+            self.choose(self.model.compute_logits(hidden_states[:num_sampled]), rows, rows)  # type: ignore[operator]
+            self.temperature[0], self.top_p[0], self.truncates[0] = 0, 0, False
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def capture_graphs(self, config: Config, hf_config: PretrainedConfig) -> StepGraphs:
+        free = free_memory(self.device)
         graphs = StepGraphs(
             self.model,
             self.block_size,
@@ -180,7 +184,7 @@ class ModelRunner:
             dtype=self.dtype,
             device=self.device,
         )
-        self.memory.graphs = graphs.memory
+        self.memory.graphs = free - free_memory(self.device)
         return graphs
 
     def launch(self, batch: Batch) -> LaunchedStep:
@@ -203,17 +207,22 @@ class ModelRunner:
         self.update_tables(inputs)
         num_tokens = len(inputs.input_ids)
         bucket = None if self.graphs is None else bucket_of(num_tokens)
-        if self.graphs is not None and bucket is not None:
-            prepared = perf_counter()
-            rows = inputs.rows[inputs.owner]
-            hidden_states = self.graphs.replay(inputs.input_ids, inputs.positions, rows)  # [num_tokens, hidden_size]
-        else:
-            input_ids, positions, context = self.prepare(inputs)
+        tokens = inputs.input_ids, inputs.positions, inputs.rows[inputs.owner]
+        if self.graphs is None or bucket is None:
+            context = self.prepare(inputs)
+            input_ids, positions, rows = map(self.to_device, tokens)
             if self.graphs is not None:
-                input_ids = self.graphs.known(input_ids, self.to_device(inputs.rows[inputs.owner]))
+                input_ids = self.graphs.known(input_ids, rows)
             prepared = perf_counter()
             with use_context(context):
                 hidden_states = self.model(input_ids, positions)  # [num_tokens, hidden_size]
+        elif bucket in self.graphs.graphs:
+            prepared = perf_counter()
+            hidden_states = self.graphs.replay(*tokens)
+        else:
+            context = self.prepare(inputs)
+            prepared = perf_counter()
+            hidden_states = self.graphs.large.replay(*tokens, context)
         computed = perf_counter()
         launched = self.sample(inputs, hidden_states)
         sampled = perf_counter()
@@ -240,13 +249,13 @@ class ModelRunner:
             at = rows * self.block_tables.shape[1] + places
             self.graphs.write(self.graphs.block_tables.view(-1), at, self.block_tables[rows, places])
 
-    def prepare(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor, Context]:
-        """The tensors of a step: token ids and positions, `[num_tokens]` each, and what attention must know."""
+    def prepare(self, inputs: StepInputs) -> Context:
+        """What attention must know, as tensors."""
         positions, context_lens = inputs.positions, inputs.context_lens
         block_tables = self.block_tables[inputs.rows, : -(-context_lens.max() // self.block_size)]
         blocks = block_tables[inputs.owner, positions // self.block_size].astype(np.int64)  # [num_tokens]
         slots = blocks * self.block_size + positions % self.block_size  # [num_tokens]: where each one's K/V will lie
-        context = Context(
+        return Context(
             block_size=self.block_size,
             num_decodes=int((inputs.num_new == 1).sum()),
             query_start=self.to_device(np.concatenate([[0], inputs.ends]).astype(np.int32)),
@@ -254,7 +263,6 @@ class ModelRunner:
             block_tables=self.to_device(block_tables),  # [num_seqs, max_blocks]
             slot_mapping=self.to_device(slots),
         )
-        return self.to_device(inputs.input_ids), self.to_device(positions), context
 
     def sample(self, inputs: StepInputs, hidden_states: torch.Tensor) -> LaunchedStep:
         """Choose the next token of each sequence that samples."""

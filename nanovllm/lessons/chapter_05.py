@@ -210,7 +210,6 @@ def in_the_place_of_cuda_graphs(tape: Callable[[], Any]) -> Iterator[None]:
         (torch.cuda, "graph", capturing),
         (torch.cuda, "graph_pool_handle", lambda: None),
         (torch.cuda, "synchronize", lambda device=None: None),
-        (torch.cuda, "mem_get_info", lambda device=None: (0, 0)),
         (cuda_graphs, "capture_stream", nullcontext),
         (cuda_graphs, "tqdm", lambda todo, **_: todo),
         (cuda_graphs, "pinned", torch.from_numpy),

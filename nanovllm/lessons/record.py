@@ -63,7 +63,11 @@ def decode_step() -> Recording:
             graphs = llm.engine.model_runner.graphs
             assert graphs is not None, "this GPU's engine has no CUDA graphs: its attention is not Triton's"
             count = len(graphs.graphs) + len(graphs.sample_graphs)
-            recording["graphs"] = {"count": count, "bytes": graphs.memory, "seconds": round(capture["seconds"], 2)}
+            recording["graphs"] = {
+                "count": count,
+                "bytes": llm.engine.model_runner.memory.graphs,
+                "seconds": round(capture["seconds"], 2),
+            }
             recording["memory"] = {
                 kind: getattr(llm.engine.model_runner.memory, kind) for kind in ("weights", "graphs")
             }

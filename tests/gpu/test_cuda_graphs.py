@@ -34,6 +34,20 @@ def test_greedy_tokens_are_the_same_for_every_number_of_sequences(pair, num_seqs
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("lengths", [[600], [530], [700, 5, 3], [300, 200, 40, 9, 2], [5, 3, 590, 1200, 7]])
+def test_long_prompts_replay_in_pieces(pair, lengths):
+    """Alone, several in a step, in chunks beside decodes; with padding and without."""
+    prompts = prompts_of(lengths, seed=sum(lengths))
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    answers = []
+    for llm in pair:
+        with llm.trace() as trace:
+            answers.append([a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)])
+        in_pieces = [step for step in trace.steps if step.num_tokens > 512]
+        assert in_pieces and all((step.graph is None) == (llm is pair[1]) for step in in_pieces)
+    assert answers[0] == answers[1]
+
+
 def test_sampled_tokens_are_the_same_whoever_else_is_in_the_batch(pair):
     """Plain sampling, truncated sampling and log-probabilities, mixed and each alone."""
     params = [
@@ -81,6 +95,19 @@ def test_graphs_outlive_those_of_another_engine(tiny_qwen3_path, tiny_llama_path
             llm.reset_prefix_cache()
             assert [a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)] == answers
         del filled
+
+
+def test_padding_of_pieces_touches_nobody(pair):
+    """Two prompts of 265 tokens, padded to 576 rows."""
+    llm = pair[0]
+    llm.reset_prefix_cache()
+    cache = llm.engine.model_runner.kv_cache
+    before = cache.clone()
+    for prompt in prompts_of([265, 265], seed=1):
+        llm.add_request(prompt, SamplingParams(temperature=0, max_tokens=1))
+    llm.step()
+    changed = (before != cache).any(dim=-1).any(dim=-1).any(dim=0).any(dim=0)  # [blocks, block_size]
+    assert changed[:-1].sum() == 530
 
 
 def test_padding_touches_nobody(pair):
