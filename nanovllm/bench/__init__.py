@@ -59,7 +59,7 @@ class Size:
     num_traced: int = 64  # sequences when the cost of a trace is measured
     trace_pairs: int = 20
     gpu_batch_sizes: tuple[int, ...] = (1, 4, 16, 64, 256)
-    gpu_prefill: tuple[int, int] = (8, 1024)  # prompts, tokens of each
+    gpu_prefills: tuple[tuple[int, int], ...] = ((1, 1024), (4, 1024), (8, 1024))  # prompts, tokens of each
 
 
 def run(

@@ -97,8 +97,8 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
             report.add(record("start-up", llm, started, "s"))
             measure_shared(report, llm)
         measure_decode_steps(report, llm, size, name, limits)
+        measure_prefills(report, llm, size, name, limits)
         if not name:
-            measure_prefill(report, llm, size, limits)
             measure_first_token(report, llm, size)
         llm.close()
         del llm
@@ -170,22 +170,19 @@ def step_seconds(llm: LLM, rounds: int) -> float:
     return statistics.median(times)
 
 
-def measure_prefill(report: Report, llm: LLM, size: "Size", limits: Limits) -> None:
-    """A step of several prompts: its operations a second, as a fraction of a large matrix product's."""
-    num_prompts, prompt_len = size.gpu_prefill
-    report.progress(f"prefill of {num_prompts} x {prompt_len} tokens")
-    step = partial(prefill_seconds, llm, num_prompts, prompt_len, random.Random(1))
-    with watch_others() as load:
-        seconds = warm_median(step, size.step_rounds)
-        profile = where_time_goes(step)
-    share = 100 * prefill_operations(llm, num_prompts, prompt_len) / seconds / limits.rate
-    name = f"prefill, {num_prompts} x {prompt_len} tokens"
-    report.add(
-        record(name, llm, share, "% of the product's rate")
-        | {"milliseconds": round(1000 * seconds, 2)}
-        | profile
-        | load
-    )
+def measure_prefills(report: Report, llm: LLM, size: "Size", name: str, limits: Limits) -> None:
+    """Steps of one prompt and of several: operations a second, as a fraction of a large matrix product's."""
+    generator = random.Random(1)
+    for num_prompts, prompt_len in size.gpu_prefills:
+        report.progress(f"prefill{name}, {num_prompts} x {prompt_len} tokens")
+        step = partial(prefill_seconds, llm, num_prompts, prompt_len, generator)
+        with watch_others() as load:
+            seconds = warm_median(step, size.step_rounds)
+            profile = {} if name else where_time_goes(step)
+        share = 100 * prefill_operations(llm, num_prompts, prompt_len) / seconds / limits.rate
+        details = {"milliseconds": round(1000 * seconds, 2)} | profile | load
+        measurement = f"prefill{name}, {num_prompts} x {prompt_len} tokens"
+        report.add(record(measurement, llm, share, "% of the product's rate") | details)
 
 
 def prefill_seconds(llm: LLM, num_prompts: int, prompt_len: int, generator: random.Random) -> float:
