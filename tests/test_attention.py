@@ -197,6 +197,20 @@ def test_chunks_and_decodes_around_the_ends_of_large_blocks(backend, device):
 
 
 @on_every_backend
+@pytest.mark.parametrize("query_lens", [[1, 1, 1], [1, 5, 30], [5, 30]])
+def test_the_output_is_written_where_it_is_wanted(query_lens, backend, device):
+    module, dtype = module_of(backend, device), torch.float16 if backend == "flash_attn" else torch.float32
+    tables = [[i] for i in range(len(query_lens))]
+    k_cache, v_cache = torch.randn(2, len(tables) + 1, 256, 2, 32, dtype=dtype, device=device)
+    query = torch.randn(sum(query_lens), 4, 32, dtype=dtype, device=device)
+    context = make_context(256, tables, query_lens, [40 + n for n in query_lens], device)
+    context.plan = module.plan(context, k_cache)
+    output = torch.full_like(query, torch.nan)
+    module.attend(query, k_cache, v_cache, context, 0.2, output)
+    assert torch.equal(output, module.attend(query, k_cache, v_cache, context, 0.2))
+
+
+@on_every_backend
 def test_a_sequence_gets_the_same_numbers_alone_and_in_a_crowd(backend, device):
     """Its sums are made in the same order, whoever else is in the batch: equal to the last bit. Torch pads to the longest."""
     if backend == "torch":

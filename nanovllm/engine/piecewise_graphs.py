@@ -39,25 +39,26 @@ class PiecewiseGraphs:
         self.buckets = buckets
         self.layers = [module for module in graphs.model.modules() if isinstance(module, Attention)]
         self.backend = self.layers[0].backend
-        # Where pieces and attention meet, in all layers: a piece leaves its queries, the next one finds their outputs.
+        # What attention gives in all layers, for the piece that comes next.
         shape = (max(buckets, default=0), self.layers[0].num_heads, self.layers[0].head_dim)
-        self.query = graphs.hidden_states.new_zeros(shape)
         self.output = graphs.hidden_states.new_zeros(shape)
         self.pieces: dict[int, list[torch.cuda.CUDAGraph]] = {}
+        self.queries: dict[int, list[torch.Tensor]] = {}  # what each piece but the last leaves for attention
 
     def capture(self, bucket: int, stream: torch.cuda.Stream) -> None:
         """Record a bucket's pieces, with the inputs that are in the buffers."""
-        pieces = self.pieces[bucket] = []
+        pieces, queries = self.pieces[bucket], self.queries[bucket] = list[torch.cuda.CUDAGraph](), list[torch.Tensor]()
 
         def begin() -> None:
             pieces.append(torch.cuda.CUDAGraph())
             pieces[-1].capture_begin(pool=self.graphs.pool)
 
-        def cut() -> None:
+        def cut(query: torch.Tensor) -> None:
             pieces[-1].capture_end()
+            queries.append(not_held(query))
             begin()
 
-        self.run(bucket, lambda: None)  # compiles kernels and chooses algorithms, which a capture must not
+        self.run(bucket, lambda query: None)  # compiles kernels and chooses algorithms, which a capture must not
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             begin()
@@ -66,12 +67,11 @@ class PiecewiseGraphs:
             finally:
                 pieces[-1].capture_end()
 
-    def run(self, bucket: int, in_the_place_of_attention: Callable[[], None]) -> None:
-        """Hidden states of the bucket's tokens, but for attention: its queries are left, its outputs taken as found."""
+    def run(self, bucket: int, in_the_place_of_attention: Callable[[torch.Tensor], None]) -> None:
+        """Hidden states of the bucket's tokens, but for attention, whose outputs are taken as found."""
 
         def attend(query: torch.Tensor, *_: Any) -> torch.Tensor:
-            self.query[:bucket] = query
-            in_the_place_of_attention()
+            in_the_place_of_attention(query)
             return self.output[:bucket]
 
         graphs, cutting = self.graphs, SimpleNamespace(store=self.backend.store, attend=attend)
@@ -89,14 +89,26 @@ class PiecewiseGraphs:
 
     def replay(self, input_ids: np.ndarray, positions: np.ndarray, rows: np.ndarray, context: Context) -> torch.Tensor:
         """As `StepGraphs.replay`; `context` is what attention must know."""
-        num_tokens = len(input_ids)
+        graphs, n = self.graphs, len(input_ids)
         context.plan = self.backend.plan(context, self.layers[0].k_cache)
-        graphs = self.graphs
         bucket = graphs.fill(graphs.inputs, np.stack([input_ids, positions, rows]), [0, 0, graphs.padding_row])
         *pieces, last = self.pieces[bucket]
-        query = self.query[:num_tokens]
-        for piece, layer in zip(pieces, self.layers, strict=True):
+        for piece, query, layer in zip(pieces, self.queries[bucket], self.layers, strict=True):
             piece.replay()
-            self.output[:num_tokens] = self.backend.attend(query, layer.k_cache, layer.v_cache, context, layer.scale)
+            self.backend.attend(query[:n], layer.k_cache, layer.v_cache, context, layer.scale, self.output[:n])
         last.replay()
-        return graphs.hidden_states[:num_tokens]
+        return graphs.hidden_states[:n]
+
+
+def not_held(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers at the same address on a GPU, of memory that may be given to others nevertheless.
+
+    A piece leaves its queries in the graphs' memory. Held there for every layer and bucket, those of Qwen3-0.6B would take
+    gigabytes; but once attention has read them, the pieces that follow may write over them.
+    """
+    if not tensor.is_cuda:
+        return tensor
+    numbers = tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize])  # the protocol has no name for bfloat16
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=numbers.__cuda_array_interface__)).view(
+        tensor.dtype
+    )

@@ -5,7 +5,7 @@ A backend is a module with four functions; `torch_attention` is the reference, w
     allocate(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device)   the KV cache
     plan(context, k_cache)                                  what can be worked out once a step, for all layers
     store(key, value, k_cache, v_cache, slot_mapping)       keep the step's new keys and values
-    attend(query, k_cache, v_cache, context, scale)         attention of the new tokens to all before them
+    attend(query, k_cache, v_cache, context, scale, output) attention of the new tokens to all before them
 """
 
 import logging

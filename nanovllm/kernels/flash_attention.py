@@ -47,9 +47,14 @@ def plan(context: Context, k_cache: torch.Tensor) -> dict[str, Any]:
 
 
 def attend(
-    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context, scale: float
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    context: Context,
+    scale: float,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of each new token to all tokens of its sequence up to itself.
+    """Attention of each new token to all tokens of its sequence up to itself; written to `output` if there is one.
 
     `query` and the result are `[num_tokens, num_heads, head_dim]`, the caches are one layer's, `[blocks, block_size,
     num_kv_heads, head_dim]`, and hold the new tokens already. NaN in slots that hold no token does no harm: the kernels
@@ -58,11 +63,11 @@ def attend(
     n, parts = context.num_decodes, []
     if n:  # the only query of each is its last token, which sees all: there is nothing to mask
         lens, tables = context.context_lens[:n], context.block_tables[:n]
-        output = flash_attn_with_kvcache(  # takes and gives [n, 1, num_heads, head_dim]
+        attended = flash_attn_with_kvcache(  # takes and gives [n, 1, num_heads, head_dim]
             query[:n].unsqueeze(1), k_cache, v_cache, cache_seqlens=lens, block_table=tables, softmax_scale=scale
         )
-        parts.append(output.squeeze(1))
+        parts.append(attended.squeeze(1))
     if context.plan:  # causal: the last query of a chunk sees the whole context, the one before it one token less
-        output = flash_attn_varlen_func(query[n:], k_cache, v_cache, softmax_scale=scale, causal=True, **context.plan)
-        parts.append(output)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        attended = flash_attn_varlen_func(query[n:], k_cache, v_cache, softmax_scale=scale, causal=True, **context.plan)
+        parts.append(attended)
+    return parts[0] if len(parts) == 1 and output is None else torch.cat(parts, out=output)

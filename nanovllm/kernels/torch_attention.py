@@ -89,18 +89,24 @@ def store(
 
 
 def attend(
-    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context, scale: float
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    context: Context,
+    scale: float,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of each new token to all tokens of its sequence up to itself.
+    """Attention of each new token to all tokens of its sequence up to itself; written to `output` if there is one.
 
     `query` and the result are `[num_tokens, num_heads, head_dim]`, the caches are one layer's, `[blocks, block_size,
     num_kv_heads, head_dim]`, and hold the new tokens already. Reads nothing but the slots of the sequences themselves:
     what else lies in the cache, NaN included, does no harm.
     """
     decodes, prefills = context.plan.decodes, context.plan.prefills
-    if len(decodes) == 1 and not prefills:  # the usual step: nothing to put together
-        return attend_decodes(query, k_cache, v_cache, decodes[0], scale)
-    output = torch.empty_like(query)
+    if output is None:
+        if len(decodes) == 1 and not prefills:  # the usual step: nothing to put together
+            return attend_decodes(query, k_cache, v_cache, decodes[0], scale)
+        output = torch.empty_like(query)
     for group in decodes:
         output[group.rows] = attend_decodes(query[group.rows], k_cache, v_cache, group, scale)
     for prefill in prefills:

@@ -118,9 +118,14 @@ def store_kernel(
 
 
 def attend(
-    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context, scale: float
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    context: Context,
+    scale: float,
+    output: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of each new token to all tokens of its sequence up to itself.
+    """Attention of each new token to all tokens of its sequence up to itself; written to `output` if there is one.
 
     `query` and the result are `[num_tokens, num_heads, head_dim]`, the caches are one layer's, `[blocks, block_size,
     num_kv_heads, head_dim]`, and hold the new tokens already. Reads nothing but the slots of the sequences themselves.
@@ -132,7 +137,7 @@ def attend(
     rows, tile, max_splits = context.plan.rows, context.plan.tile, context.plan.max_splits
     rows = max(rows, triton.next_power_of_2(group))
 
-    output = torch.empty_like(query)
+    output = torch.empty_like(query) if output is None else output
     # What the pieces of split contexts give: an output each, and how much it weighs.
     pieces = query.new_empty(num_decodes, num_heads, max_splits, head_dim, dtype=torch.float32)
     weights = query.new_empty(num_decodes, num_heads, max_splits, dtype=torch.float32)
