@@ -163,9 +163,10 @@ FAULTS = [
         "chunk-positions-from-zero",
         "a chunk's tokens are rotated as if nothing came before them",
         "engine/model_runner.py",
-        "return self.to_device(inputs.input_ids), self.to_device(positions), context",
-        "first = np.where(inputs.num_new > 1, context_lens - inputs.num_new, 0)[inputs.owner]\n"
-        "        return self.to_device(inputs.input_ids), self.to_device(positions - first), context",
+        "input_ids, positions, rows = map(self.to_device, tokens)",
+        "input_ids, positions, rows = map(self.to_device, tokens)\n"
+        "            first = np.where(inputs.num_new > 1, inputs.context_lens - inputs.num_new, 0)[inputs.owner]\n"
+        "            positions = positions - self.to_device(first)",
     ),
     # -- CUDA graphs ---------------------------------------------------------------------------------------------------
     Fault(

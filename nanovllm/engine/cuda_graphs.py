@@ -162,7 +162,8 @@ class StepGraphs:
 
         `rows` says for each token in which row of the table its sequence's block table stands.
         """
-        self.run_graph(self.graphs, self.inputs, np.stack([input_ids, positions, rows]), [0, 0, self.padding_row])
+        tokens = np.stack([input_ids, positions, rows])
+        self.run_graph(self.graphs, self.inputs, tokens, padding=[0, 0, self.padding_row])
         return self.hidden_states[: len(input_ids)]
 
     def samples_at_once(self, num_sampled: int) -> bool:
@@ -175,9 +176,8 @@ class StepGraphs:
         if hidden_states.data_ptr() != self.hidden_states.data_ptr():  # of a step too large for a graph
             self.hidden_states[:num_sampled] = hidden_states[copied(at, hidden_states.device)]
             at = np.arange(num_sampled)
-        self.run_graph(
-            self.sample_graphs, self.sample_inputs, np.stack([at, rows, bits]), padding=[0, self.padding_row, 0]
-        )
+        samples = np.stack([at, rows, bits])
+        self.run_graph(self.sample_graphs, self.sample_inputs, samples, padding=[0, self.padding_row, 0])
         return self.token_ids[:num_sampled].clone()
 
     def run_graph(

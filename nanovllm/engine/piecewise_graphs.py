@@ -91,7 +91,8 @@ class PiecewiseGraphs:
         """As `StepGraphs.replay`; `context` is what attention must know."""
         graphs, n = self.graphs, len(input_ids)
         context.plan = self.backend.plan(context, self.layers[0].k_cache)
-        bucket = graphs.fill(graphs.inputs, np.stack([input_ids, positions, rows]), [0, 0, graphs.padding_row])
+        tokens = np.stack([input_ids, positions, rows])
+        bucket = graphs.fill(graphs.inputs, tokens, padding=[0, 0, graphs.padding_row])
         *pieces, last = self.pieces[bucket]
         for piece, query, layer in zip(pieces, self.queries[bucket], self.layers, strict=True):
             piece.replay()

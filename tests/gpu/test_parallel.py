@@ -13,7 +13,7 @@ from nanovllm import LLM, SamplingParams
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-PROMPTS = [[(7 * i + n) % 250 for i in range(n)] for n in (1, 3, 40, 90, 17, 64)]
+PROMPTS = [[(7 * i + n) % 250 for i in range(n)] for n in (1, 3, 40, 90, 17, 64, 600)]  # 815 tokens: in pieces
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False])
