@@ -12,7 +12,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.kv_cache import size_kv_cache
-from nanovllm.engine.model_runner import ModelRunner, resolve_device
+from nanovllm.engine.model_runner import ModelRunner, forget_locals, resolve_device
 from nanovllm.kernels import torch_attention
 
 from .conftest import collector_off
@@ -82,6 +82,28 @@ def test_a_closed_engine_holds_nothing_large(model_path):
         assert [ref() for ref in large] == [None, None]
     engine.close()  # twice is fine
     assert runner.num_blocks == 40, "what is small can still be looked at"
+
+
+def test_an_error_on_the_way_to_another_holds_nothing():
+    """The end of a CUDA graph may fail because its recording did: the second error knows the first, and the first its frames."""
+    held = []
+
+    def step() -> None:
+        model = torch.empty(1)
+        held.append(weakref.ref(model))
+        raise MemoryError
+
+    def recording() -> None:
+        try:
+            step()
+        finally:
+            raise RuntimeError("the recording is broken")
+
+    with collector_off(), pytest.raises(RuntimeError) as error:
+        recording()
+    assert held[0]() is not None
+    forget_locals(error.value)
+    assert held[0]() is None
 
 
 def test_no_more_is_gathered_at_a_time_than_there_is_room_for(model_path, monkeypatch):

@@ -3,7 +3,7 @@
 So the buffers, the padding and the tokens that are still in flight are tested without a GPU; tests/gpu records for real.
 """
 
-import gc
+import itertools
 import sys
 import weakref
 from contextlib import nullcontext
@@ -18,8 +18,11 @@ from nanovllm.engine import buckets, cuda_graphs
 from nanovllm.engine.buckets import BUCKETS, bucket_of
 from nanovllm.engine.overlap import Overlap
 from nanovllm.engine.step_inputs import IN_FLIGHT
+from nanovllm.kernels import torch_attention
 from nanovllm.lessons.chapter_05 import Recorder
 from tests import flash_stand_in
+
+from .conftest import collector_off
 
 
 class Tape(Recorder):
@@ -164,18 +167,45 @@ def test_a_table_is_changed_where_it_has_changed(replaying):
     assert (graphs.block_tables[-1] == 60).all()  # the row for padding leads to the dummy block
 
 
+def test_a_recording_that_fails_is_ended_and_says_why(replaying, monkeypatch):
+    """Else its stream would go on recording, and layers would go on not attending; and CUDA complains of the broken end."""
+    graphs = replaying(False, num_kv_blocks=60, max_num_batched_tokens=600).engine.model_runner.graphs
+    backends, store = [layer.backend for layer in graphs.large.layers], torch_attention.store
+    monkeypatch.setattr(torch_attention, "store", fails_the_fourth_time(store))  # recording, in the second layer
+    ended = []
+
+    def capture_end(self):
+        self.__exit__(None, None, None)
+        ended.append(self)
+        if len(ended) == 2:
+            raise RuntimeError("the recording is broken")
+
+    monkeypatch.setattr(Tape, "capture_end", capture_end)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        graphs.large.capture(576, stream=None)
+    assert ended == graphs.large.pieces[576] and len(ended) == 2
+    assert [layer.backend for layer in graphs.large.layers] == backends
+
+
+def fails_the_fourth_time(function):
+    calls = itertools.count(1)
+
+    def call(*args):
+        if next(calls) == 4:
+            raise RuntimeError("no memory left")
+        return function(*args)
+
+    return call
+
+
 def test_closing_lets_go_of_graphs_at_once(replaying):
     """Not when Python next looks for circles: the memory is wanted by the engine that comes after."""
     llm = replaying(False, num_kv_blocks=60, max_num_batched_tokens=600)
     llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)
     held = weakref.ref(llm.engine.model_runner.graphs), weakref.ref(llm.engine.model_runner.graphs.large)
-    gc.collect()
-    gc.disable()
-    try:
+    with collector_off():
         llm.close()
         assert [ref() for ref in held] == [None, None]
-    finally:
-        gc.enable()
 
 
 def test_a_trace_tells_which_graph_was_replayed(replaying):

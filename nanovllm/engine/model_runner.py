@@ -119,7 +119,7 @@ class ModelRunner:
             most = config.max_num_batched_tokens
             self.memory.step = self.peak_of_step(most, num_sampled=min(config.max_num_seqs, most))
             if has_graphs:
-                self.memory.graphs = memory_of_graphs(most, config.max_num_seqs)
+                self.memory.graphs = memory_of_graphs(most, config.max_num_seqs, len(attention))
                 if large := large_buckets_up_to(most):
                     self.memory.graphs += self.peak_of_step(large[-1], num_sampled=0)
         reserved = self.memory.step + self.memory.graphs
@@ -352,7 +352,7 @@ def forget_locals(error: BaseException) -> None:
     passed: BaseException | None = error
     while passed is not None:
         traceback.clear_frames(passed.__traceback__)
-        passed = passed.__cause__
+        passed = passed.__cause__ or passed.__context__
 
 
 def resolve_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ as it is recorded, its attention layers have a backend that, in the place of att
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,9 @@ class PiecewiseGraphs:
         pieces, queries = self.pieces[bucket], self.queries[bucket] = list[torch.cuda.CUDAGraph](), list[torch.Tensor]()
 
         def begin() -> None:
-            pieces.append(torch.cuda.CUDAGraph())
-            pieces[-1].capture_begin(pool=self.graphs.pool)
+            piece = torch.cuda.CUDAGraph()
+            piece.capture_begin(pool=self.graphs.pool)
+            pieces.append(piece)
 
         def cut(query: torch.Tensor) -> None:
             pieces[-1].capture_end()
@@ -60,12 +62,16 @@ class PiecewiseGraphs:
 
         self.run(bucket, lambda query: None)  # compiles kernels and chooses algorithms, which a capture must not
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a recording cannot take what that has left
         with torch.cuda.stream(stream):
             begin()
             try:
                 self.run(bucket, cut)
-            finally:
-                pieces[-1].capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # it may have ended already; what is told is what went wrong
+                    pieces[-1].capture_end()
+                raise
+            pieces[-1].capture_end()
 
     def run(self, bucket: int, in_the_place_of_attention: Callable[[torch.Tensor], None]) -> None:
         """Hidden states of the bucket's tokens, but for attention, whose outputs are taken as found."""
@@ -110,6 +116,7 @@ def not_held(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_cuda:
         return tensor
     numbers = tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize])  # the protocol has no name for bfloat16
-    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=numbers.__cuda_array_interface__)).view(
-        tensor.dtype
-    )
+    place = SimpleNamespace(__cuda_array_interface__=numbers.__cuda_array_interface__)
+    found = torch.as_tensor(place, device=tensor.device).view(tensor.dtype)
+    assert found.data_ptr() == tensor.data_ptr(), "torch has made a copy"
+    return found
