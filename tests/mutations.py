@@ -163,8 +163,8 @@ FAULTS = [
         "chunk-positions-from-zero",
         "a chunk's tokens are rotated as if nothing came before them",
         "engine/model_runner.py",
-        "input_ids, positions, rows = map(self.to_device, tokens)",
-        "input_ids, positions, rows = map(self.to_device, tokens)\n"
+        "input_ids, positions = self.to_device(inputs.input_ids), self.to_device(inputs.positions)",
+        "input_ids, positions = self.to_device(inputs.input_ids), self.to_device(inputs.positions)\n"
         "            first = np.where(inputs.num_new > 1, inputs.context_lens - inputs.num_new, 0)[inputs.owner]\n"
         "            positions = positions - self.to_device(first)",
     ),

@@ -4,7 +4,6 @@ Plain arithmetic, which needs neither torch nor a GPU: the trace and the noteboo
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
 
 # Graphs of whole steps. Rounding up costs at most seven rows of padding, which a GPU hardly notices.
 BUCKETS = [1, 2, 4, *range(8, 513, 8)]
@@ -12,7 +11,6 @@ BUCKETS = [1, 2, 4, *range(8, 513, 8)]
 # Graphs in pieces, with attention between them. Eight sizes to a doubling: at most a ninth of the rows are padding. Still
 # larger steps keep any GPU busy for longer than Python needs to launch them.
 LARGE_BUCKETS = [size * eighths // 8 for size in (512, 1024, 2048, 4096) for eighths in range(9, 17)]
-
 
 ALL_BUCKETS = BUCKETS + LARGE_BUCKETS
 

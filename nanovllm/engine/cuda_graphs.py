@@ -15,7 +15,6 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -102,17 +101,17 @@ class StepGraphs:
         logger.info("CUDA graphs for %d sizes captured in %.1f s", len(todo), perf_counter() - start)
 
     def capture_model(self, bucket: int, stream: torch.cuda.Stream) -> None:
-        self.graphs[bucket] = self.record(partial(self.run_model, bucket), stream)
+        self.graphs[bucket] = self.record(self.run_model, bucket, stream)
 
     def capture_sampler(self, bucket: int, stream: torch.cuda.Stream) -> None:
-        self.sample_graphs[bucket] = self.record(partial(self.run_sampler, bucket), stream)
+        self.sample_graphs[bucket] = self.record(self.run_sampler, bucket, stream)
 
-    def record(self, run: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-        run()  # compiles kernels and chooses algorithms, which a capture must not
+    def record(self, run: Callable[[int], None], bucket: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        run(bucket)  # compiles kernels and chooses algorithms, which a capture must not
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=stream):
-            run()
+            run(bucket)
         return graph
 
     # -- What is recorded ----------------------------------------------------------------------------------------------
@@ -165,9 +164,12 @@ class StepGraphs:
 
         `rows` says for each token in which row of the table its sequence's block table stands.
         """
-        tokens = np.stack([input_ids, positions, rows])
-        self.run_graph(self.graphs, self.inputs, tokens, padding=[0, 0, self.padding_row])
+        self.graphs[self.fill_tokens(input_ids, positions, rows)].replay()
         return self.hidden_states[: len(input_ids)]
+
+    def fill_tokens(self, input_ids: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> int:
+        """Write a step's tokens where the graphs of their bucket read them; returns the bucket."""
+        return self.fill(self.inputs, np.stack([input_ids, positions, rows]), padding=[0, 0, self.padding_row])
 
     def samples_at_once(self, num_sampled: int) -> bool:
         """Whether there is a graph to sample so many sequences."""
@@ -179,18 +181,12 @@ class StepGraphs:
         if hidden_states.data_ptr() != self.hidden_states.data_ptr():  # of a step too large for a graph
             self.hidden_states[:num_sampled] = hidden_states[copied(at, hidden_states.device)]
             at = np.arange(num_sampled)
-        samples = np.stack([at, rows, bits])
-        self.run_graph(self.sample_graphs, self.sample_inputs, samples, padding=[0, self.padding_row, 0])
+        bucket = self.fill(self.sample_inputs, np.stack([at, rows, bits]), padding=[0, self.padding_row, 0])
+        self.sample_graphs[bucket].replay()
         return self.token_ids[:num_sampled].clone()
 
-    def run_graph(
-        self, graphs: dict[int, torch.cuda.CUDAGraph], buffer: torch.Tensor, inputs: np.ndarray, padding: list[int]
-    ) -> None:
-        """Replay the graph of the next bucket for `inputs`, `[3, n]`, with columns of `padding` behind them."""
-        graphs[self.fill(buffer, inputs, padding)].replay()
-
     def fill(self, buffer: torch.Tensor, inputs: np.ndarray, padding: list[int]) -> int:
-        """Write a step's inputs and padding where the graph of their bucket reads them; returns the bucket."""
+        """Write `inputs`, `[3, n]`, and columns of `padding` behind them where a graph reads them; returns its bucket."""
         n = inputs.shape[1]
         bucket = bucket_of(n)
         assert bucket is not None

@@ -207,22 +207,22 @@ class ModelRunner:
         self.update_tables(inputs)
         num_tokens = len(inputs.input_ids)
         bucket = None if self.graphs is None else bucket_of(num_tokens)
-        tokens = inputs.input_ids, inputs.positions, inputs.rows[inputs.owner]
+        rows = inputs.rows[inputs.owner]  # [num_tokens]
         if self.graphs is None or bucket is None:
             context = self.prepare(inputs)
-            input_ids, positions, rows = map(self.to_device, tokens)
+            input_ids, positions = self.to_device(inputs.input_ids), self.to_device(inputs.positions)
             if self.graphs is not None:
-                input_ids = self.graphs.known(input_ids, rows)
+                input_ids = self.graphs.known(input_ids, self.to_device(rows))
             prepared = perf_counter()
             with use_context(context):
                 hidden_states = self.model(input_ids, positions)  # [num_tokens, hidden_size]
         elif bucket in self.graphs.graphs:
             prepared = perf_counter()
-            hidden_states = self.graphs.replay(*tokens)
+            hidden_states = self.graphs.replay(inputs.input_ids, inputs.positions, rows)
         else:
             context = self.prepare(inputs)
             prepared = perf_counter()
-            hidden_states = self.graphs.large.replay(*tokens, context)
+            hidden_states = self.graphs.large.replay(inputs.input_ids, inputs.positions, rows, context)
         computed = perf_counter()
         launched = self.sample(inputs, hidden_states)
         sampled = perf_counter()

@@ -48,7 +48,9 @@ class PiecewiseGraphs:
 
     def capture(self, bucket: int, stream: torch.cuda.Stream) -> None:
         """Record a bucket's pieces, with the inputs that are in the buffers."""
-        pieces, queries = self.pieces[bucket], self.queries[bucket] = list[torch.cuda.CUDAGraph](), list[torch.Tensor]()
+        pieces: list[torch.cuda.CUDAGraph] = []
+        queries: list[torch.Tensor] = []
+        self.pieces[bucket], self.queries[bucket] = pieces, queries
 
         def begin() -> None:
             piece = torch.cuda.CUDAGraph()
@@ -97,8 +99,7 @@ class PiecewiseGraphs:
         """As `StepGraphs.replay`; `context` is what attention must know."""
         graphs, n = self.graphs, len(input_ids)
         context.plan = self.backend.plan(context, self.layers[0].k_cache)
-        tokens = np.stack([input_ids, positions, rows])
-        bucket = graphs.fill(graphs.inputs, tokens, padding=[0, 0, graphs.padding_row])
+        bucket = graphs.fill_tokens(input_ids, positions, rows)
         *pieces, last = self.pieces[bucket]
         for piece, query, layer in zip(pieces, self.queries[bucket], self.layers, strict=True):
             piece.replay()
