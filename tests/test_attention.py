@@ -279,13 +279,14 @@ def test_one_long_and_many_short_sequences():
 
 
 def test_decodes_are_grouped_by_length():
-    assert group_by_length([]) == []
-    assert group_by_length([5]) == [[0]]
-    assert group_by_length([64] * 32) == [list(range(32))]
-    assert group_by_length([60, 1500, 64, 58]) == [[1], [2, 0, 3]]
+    assert group_by_length([], max_slots=9) == []
+    assert group_by_length([5], max_slots=4) == [[0]]
+    assert group_by_length([64] * 32, max_slots=2048) == [list(range(32))]
+    assert group_by_length([64] * 32, max_slots=2047) == [list(range(31)), [31]]
+    assert group_by_length([60, 1500, 64, 58], max_slots=2048) == [[1], [2, 0, 3]]
     rng = random.Random(0)
     context_lens = [rng.randint(1, 3000) for _ in range(200)]
-    groups = group_by_length(context_lens)
+    groups = group_by_length(context_lens, max_slots=1 << 16)
     assert sorted(sum(groups, [])) == list(range(200))
     for group in groups:
         lengths = [context_lens[i] for i in group]

@@ -308,8 +308,10 @@ def test_one_rank_and_two(monkeypatch):
 def test_every_part_is_measured_on_a_gpu(model_path, monkeypatch):
     monkeypatch.setattr(gpu, "shared_workload", lambda: ([[1, 2, 3]] * 4, [5] * 4))  # the tiny model knows few words
     report = Report()
-    gpu.measure_gpu(
-        report, model_path, "auto", Size(gpu_batch_sizes=(1, 3), step_rounds=3, gpu_prefills=((1, 64), (2, 64)))
-    )
+    size = Size(gpu_batch_sizes=(1, 3), step_rounds=3, gpu_prefills=((1, 64), (2, 64)), gpu_queue=(3, 64))
+    gpu.measure_gpu(report, model_path, "auto", size)
     assert all(record["value"] > 0 for record in report.records)
     assert sum("decode step" in record["measurement"] for record in report.records) == 6
+    assert (
+        sum("prefill" in record["measurement"] and "tokens" in record["measurement"] for record in report.records) == 7
+    )

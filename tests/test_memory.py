@@ -113,7 +113,13 @@ def test_no_more_is_gathered_at_a_time_than_there_is_room_for(model_path, monkey
     llm = LLM(model_path, dtype="float32", device="cpu", num_kv_blocks=60)
     expected = [answer["token_ids"] for answer in llm.generate(prompts, greedy, use_tqdm=False)]
 
-    monkeypatch.setattr(torch_attention, "MAX_SLOTS", 100)
-    assert torch_attention.group_by_length([30] * 5 + [200, 29, 5]) == [[5], [0, 1, 2], [3, 4, 6], [7]]
+    assert torch_attention.group_by_length([30] * 5 + [200, 29, 5], max_slots=100) == [[5], [0, 1, 2], [3, 4, 6], [7]]
+    runner = llm.engine.model_runner
+    bytes_per_slot = 2 * runner.kv_cache[0, 0, 0, 0].nbytes
+    monkeypatch.setattr(torch_attention, "MAX_BYTES", {"cpu": 100 * bytes_per_slot})
+    gathered = []
+    select = torch.index_select
+    monkeypatch.setattr(torch, "index_select", lambda *args, out: gathered.append(out.nbytes) or select(*args, out=out))
     llm.reset_prefix_cache()
     assert [answer["token_ids"] for answer in llm.generate(prompts, greedy, use_tqdm=False)] == expected
+    assert 150 * bytes_per_slot < 2 * max(gathered) < 160 * bytes_per_slot  # the longest, alone

@@ -60,6 +60,7 @@ class Size:
     trace_pairs: int = 20
     gpu_batch_sizes: tuple[int, ...] = (1, 4, 16, 64, 256)
     gpu_prefills: tuple[tuple[int, int], ...] = ((1, 1024), (4, 1024), (8, 1024))  # prompts, tokens of each
+    gpu_queue: tuple[int, int] = (64, 1024)  # the same, for `generate`
 
 
 def run(

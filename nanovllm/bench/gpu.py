@@ -99,6 +99,7 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
         measure_decode_steps(report, llm, size, name, limits)
         measure_prefills(report, llm, size, name, limits)
         if not name:
+            measure_queue(report, llm, size, limits)
             measure_first_token(report, llm, size)
         llm.close()
         del llm
@@ -174,19 +175,35 @@ def measure_prefills(report: Report, llm: LLM, size: "Size", name: str, limits: 
     """Steps of one prompt and of several: operations a second, as a fraction of a large matrix product's."""
     generator = random.Random(1)
     for num_prompts, prompt_len in size.gpu_prefills:
-        report.progress(f"prefill{name}, {num_prompts} x {prompt_len} tokens")
+        measurement = f"prefill{name}, {num_prompts} x {prompt_len} tokens"
+        report.progress(measurement)
         step = partial(prefill_seconds, llm, num_prompts, prompt_len, generator)
         with watch_others() as load:
             seconds = warm_median(step, size.step_rounds)
             profile = {} if name else where_time_goes(step)
-        share = 100 * prefill_operations(llm, num_prompts, prompt_len) / seconds / limits.rate
-        details = {"milliseconds": round(1000 * seconds, 2)} | profile | load
-        measurement = f"prefill{name}, {num_prompts} x {prompt_len} tokens"
-        report.add(record(measurement, llm, share, "% of the product's rate") | details)
+        report.add(prefill_record(measurement, llm, num_prompts, prompt_len, seconds, limits) | profile | load)
+
+
+def measure_queue(report: Report, llm: LLM, size: "Size", limits: Limits) -> None:
+    """Many prompts at once: while the GPU computes some, the next are planned."""
+    num_prompts, prompt_len = size.gpu_queue
+    measurement = f"prefill of a queue, {num_prompts} x {prompt_len} tokens"
+    report.progress(measurement)
+    with watch_others() as load:
+        call = partial(first_token_seconds, llm, num_prompts, prompt_len, random.Random(3))
+        seconds = warm_median(call, size.step_rounds)
+    report.add(prefill_record(measurement, llm, num_prompts, prompt_len, seconds, limits) | load)
+
+
+def prefill_record(
+    measurement: str, llm: LLM, num_prompts: int, prompt_len: int, seconds: float, limits: Limits
+) -> dict[str, Any]:
+    share = 100 * prefill_operations(llm, num_prompts, prompt_len) / seconds / limits.rate
+    return record(measurement, llm, share, "% of the product's rate") | {"milliseconds": round(1000 * seconds, 2)}
 
 
 def prefill_seconds(llm: LLM, num_prompts: int, prompt_len: int, generator: random.Random) -> float:
-    """Seconds to compute new prompts, and to sample a token for each."""
+    """Seconds to compute new prompts step by step, and to sample a token for each."""
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     for _ in range(num_prompts):
         llm.add_request(random_prompt(llm, prompt_len, generator), params)
@@ -199,17 +216,19 @@ def prefill_seconds(llm: LLM, num_prompts: int, prompt_len: int, generator: rand
 def measure_first_token(report: Report, llm: LLM, size: "Size", prompt_len: int = 128) -> None:
     """From a prompt to its first token, with nothing else to do, in milliseconds."""
     report.progress("first token")
-    generator, params = random.Random(2), SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-
-    def call() -> float:
-        prompt = random_prompt(llm, prompt_len, generator)
-        start = perf_counter()
-        llm.generate([prompt], params, use_tqdm=False)
-        return perf_counter() - start
-
     with watch_others() as load:
+        call = partial(first_token_seconds, llm, 1, prompt_len, random.Random(2))
         milliseconds = 1000 * warm_median(call, size.step_rounds)
     report.add(record(f"first token of {prompt_len}", llm, milliseconds, "ms") | load)
+
+
+def first_token_seconds(llm: LLM, num_prompts: int, prompt_len: int, generator: random.Random) -> float:
+    """Seconds that `generate` takes for a token of each of some new prompts."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    prompts = [random_prompt(llm, prompt_len, generator) for _ in range(num_prompts)]
+    start = perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    return perf_counter() - start
 
 
 def warm_median(seconds: Callable[[], float], rounds: int) -> float:
