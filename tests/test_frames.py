@@ -286,7 +286,7 @@ def test_the_digest_changes_when_a_block_event_does():
     for i, step in enumerate(trace.steps):
         for k, event in enumerate(step.block_events):
             altered = Trace.from_dict(trace.to_dict())
-            altered.steps[i].block_events[k] = event._replace(block=(event.block + 1) % 4)
+            altered.steps[i].event_rows[k] = event._replace(block=(event.block + 1) % 4)
             assert Frames(altered).digest() != digest, f"step {i}, {event}"
             num_changed += 1
     assert num_changed > 30

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from xxhash import xxh64_intdigest
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.trace import BlockEvent, block_event
+from nanovllm.engine.trace import EventRow
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class BlockManager:
         # The queue of free blocks, next to be taken first: those that hold nothing, then the cached, oldest first.
         # An ordered dict, because a block that is hit leaves from the middle.
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self.events: list[BlockEvent] | None = None  # where every change is told while a trace is open: see trace.py
+        self.events: list[EventRow] | None = None  # where every change is told while a trace is open: see trace.py
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -82,11 +82,9 @@ class BlockManager:
         start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_new_tokens
         seq.num_computed_tokens = end
         if self.events is not None:  # written out, for it comes for every sequence of every step
-            blocks = seq.block_table[start // self.block_size : self.num_blocks_for(end)]
-            last = blocks.pop()
-            for block_id in blocks:
-                self.events.append(block_event(("fill", block_id, seq.id, self.block_size)))
-            self.events.append(block_event(("fill", last, seq.id, (end - 1) % self.block_size + 1)))
+            for i in range(start // self.block_size, self.num_blocks_for(end)):
+                filled = min(end - i * self.block_size, self.block_size)
+                self.events.append(("fill", seq.block_table[i], seq.id, filled))
         if self.enable_prefix_caching:
             self._enter(seq)
 
@@ -199,4 +197,4 @@ class BlockManager:
 
     def _tell(self, kind: str, block_id: int, seq_id: int | None = None, value: int | None = None) -> None:
         if self.events is not None:
-            self.events.append(block_event((kind, block_id, seq_id, value)))
+            self.events.append((kind, block_id, seq_id, value))

@@ -12,7 +12,7 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.trace import BlockEvent, Pool, Step, Trace, TracedRequest, scheduled_share
+from nanovllm.engine.trace import EventRow, Pool, Step, Trace, TracedRequest
 
 
 class Recorder:
@@ -44,7 +44,7 @@ class Recorder:
 
     def record(
         self,
-        events: list[BlockEvent],
+        events: list[EventRow],
         batch: Batch | None = None,
         finished: list[Sequence] | None = None,
         times: dict[str, float] | None = None,
@@ -62,13 +62,11 @@ class Recorder:
             Step(
                 index=len(trace.steps),
                 start=trace.now() - seconds,
-                scheduled=[
-                    scheduled_share((s.seq.id, s.num_new_tokens, s.num_computed_tokens)) for s in batch.scheduled
-                ],
+                scheduled_rows=[(s.seq.id, s.num_new_tokens, s.num_computed_tokens) for s in batch.scheduled],
                 waiting=[seq.id for seq in self.scheduler.waiting],
                 preempted=[seq.id for seq in batch.preempted],
                 finished=[seq.id for seq in finished],
-                block_events=events,
+                event_rows=events,
                 sampled=sampled,
                 times=times or {},
                 graph=graph,
