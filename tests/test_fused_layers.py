@@ -118,7 +118,7 @@ def test_the_benchmark_sets_the_same_operations_beside_ours(dtype):
 
 @pytest.mark.skipif(interpreter.IS_ON, reason="the interpreter does not compile")
 @pytest.mark.parametrize(
-    "capability, dtype", [(75, "*fp16"), (80, "*bf16"), (89, "*bf16"), (90, "*bf16"), (90, "*fp32")]
+    "capability, dtype", [(70, "*fp16"), (75, "*fp16"), (80, "*bf16"), (89, "*bf16"), (90, "*bf16"), (90, "*fp32")]
 )
 def test_kernels_compile_for_gpus_that_are_not_here(capability, dtype):
     """With what is optional and without: the sizes are those of Qwen3-0.6B."""

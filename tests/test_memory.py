@@ -7,12 +7,13 @@ import weakref
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.kv_cache import size_kv_cache
-from nanovllm.engine.model_runner import ModelRunner, forget_locals, resolve_device
+from nanovllm.engine.model_runner import ModelRunner, forget_locals, resolve_device, resolve_dtype
 from nanovllm.kernels import torch_attention
 
 from .conftest import collector_off
@@ -69,6 +70,22 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match="'cuda:2', but the last GPU here is 'cuda:1'"):
         resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("capability, auto", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_bfloat16_is_for_gpus_that_have_it(capability, auto, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu, checkpoint = torch.device("cuda"), PretrainedConfig(torch_dtype="bfloat16")
+    assert resolve_dtype("auto", checkpoint, gpu) == auto
+    assert resolve_dtype("float32", checkpoint, gpu) == torch.float32
+    assert resolve_dtype("bfloat16", checkpoint, torch.device("cpu")) == torch.bfloat16
+    if capability >= (8, 0):
+        assert resolve_dtype("bfloat16", checkpoint, gpu) == torch.bfloat16
+    else:
+        with pytest.raises(
+            ValueError, match=r"dtype='bfloat16' needs a GPU of compute capability 8.0 .*; use 'float16'"
+        ):
+            resolve_dtype("bfloat16", checkpoint, gpu)
 
 
 def test_a_closed_engine_holds_nothing_large(model_path):
