@@ -236,6 +236,12 @@ def test_files_that_are_no_trace(tmp_path):
         path.write_text(json.dumps({key: value for key, value in data.items() if key != name}))
         with pytest.raises(ValueError, match=f"run.json.gz is a damaged trace: KeyError '{name}'"):
             Trace.load(path)
+    for name, column in (("scheduled", "num_new_tokens"), ("block_events", "block")):
+        damaged = json.loads(json.dumps(data))
+        del damaged["steps"][0][name][column]
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=f"run.json.gz is a damaged trace: KeyError '{column}'"):
+            Trace.load(path)
     with pytest.raises(FileNotFoundError):
         Trace.load(tmp_path / "nothing.json")
 

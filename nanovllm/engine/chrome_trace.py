@@ -20,7 +20,7 @@ def chrome_events(trace: "Trace") -> list[dict[str, Any]]:
     ]
     for step, pool in zip(trace.steps, trace.pools()):
         start = 1e6 * step.start
-        name = f"step {step.index}" if step.scheduled else "between steps"
+        name = f"step {step.index}" if step.scheduled_rows else "between steps"
         duration = 1e6 * sum(step.times.values())
         about = {"tokens": step.num_tokens, "preempted": step.preempted, "finished": step.finished}
         events.append(slice_event(name, start, duration, about))

@@ -66,7 +66,7 @@ class Scheduled(NamedTuple):
 
 
 # What a step keeps of both, for they come by the hundred. Named when they are asked for and not when they are recorded,
-# a trace of 64 sequences on a tiny model costs 4 % of a step instead of 6.
+# a trace of 64 sequences on a tiny model costs 3 % of a step instead of 6.
 EventRow = tuple[str, int, int | None, int | None]
 ScheduledRow = tuple[int, int, int]
 
@@ -112,14 +112,13 @@ class Step:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Step":
-        rows = {name: list(zip(*data[name].values())) for name in ("scheduled", "block_events", "sampled")}
-        rest = {name: value for name, value in data.items() if name not in rows}
-        tables = {
-            "scheduled_rows": rows["scheduled"],
-            "event_rows": rows["block_events"],
-            "sampled": dict(rows["sampled"]),
+        rows = {
+            "scheduled_rows": rows_of(data["scheduled"], Scheduled._fields),
+            "event_rows": rows_of(data["block_events"], BlockEvent._fields),
+            "sampled": dict(rows_of(data["sampled"], ("id", "token"))),
         }
-        return cls(**rest | tables)
+        tables = ("scheduled", "block_events", "sampled")
+        return cls(**{name: value for name, value in data.items() if name not in tables} | rows)
 
 
 def attributes(record: Any) -> dict[str, Any]:
@@ -130,6 +129,11 @@ def attributes(record: Any) -> dict[str, Any]:
 def columns(names: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> dict[str, list[Any]]:
     """A table as a list for each column: in a file a third as large, and as quick, as a dict for each row."""
     return dict(zip(names, map(list, zip(*rows)))) or {name: [] for name in names}
+
+
+def rows_of(table: dict[str, list[Any]], names: tuple[str, ...]) -> list[Any]:
+    """The rows of what `columns` made. KeyError if a column is missing."""
+    return list(zip(*(table[name] for name in names)))
 
 
 @dataclass(slots=True)

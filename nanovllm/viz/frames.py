@@ -157,7 +157,7 @@ class Frames:
             return self._frame(-1, "before the first step", "", (), frozenset(), 0)
         step, last = self.trace.steps[index], self._frames[-1]
         title = f"step {index}"
-        if not (step.scheduled or step.preempted):
+        if not (step.scheduled_rows or step.preempted):
             title = f"after {last.title}" if last.title.startswith("step") else last.title
         before = {request.id: request for request in self._with_newcomers(last).requests}
         returned, num_free = self._follow_blocks(step)
@@ -240,7 +240,7 @@ class Frames:
             return was._replace(did="", num_new_tokens=0, num_hit_tokens=0) if was.did else was
         id, table = was.id, self._block_tables.get(was.id, ())
         status, num_computed, num_new, num_hit = was.status, was.num_computed_tokens, 0, 0
-        did = "wait" if step.scheduled or step.preempted else ""
+        did = "wait" if step.scheduled_rows or step.preempted else ""
         if id in step.preempted:
             did = "preempted"
         elif share is not None and step.error is not None:
