@@ -379,10 +379,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def resolve_dtype(name: str, hf_config: PretrainedConfig, device: torch.device) -> torch.dtype:
     """The dtype that a name means; "auto" is what the device computes best and the checkpoint can stand."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):  # no bfloat16 before Ampere
-        if name == "bfloat16":
-            raise ValueError("dtype='bfloat16' needs a GPU of compute capability 8.0 (Ampere) or more; use 'float16'")
-        return torch.float16 if name == "auto" else getattr(torch, name)
+    has_bfloat16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "bfloat16" and not has_bfloat16:
+        raise ValueError("dtype='bfloat16' needs a GPU of compute capability 8.0 (Ampere) or more; use 'float16'")
     if name != "auto":
         return getattr(torch, name)
-    return torch.float32 if device.type == "cpu" else hf_config.torch_dtype or torch.float32
+    if device.type == "cpu":
+        return torch.float32
+    return hf_config.torch_dtype or torch.float32 if has_bfloat16 else torch.float16

@@ -112,13 +112,13 @@ class Step:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Step":
-        rows = {
-            "scheduled_rows": rows_of(data["scheduled"], Scheduled._fields),
-            "event_rows": rows_of(data["block_events"], BlockEvent._fields),
-            "sampled": dict(rows_of(data["sampled"], ("id", "token"))),
-        }
-        tables = ("scheduled", "block_events", "sampled")
-        return cls(**{name: value for name, value in data.items() if name not in tables} | rows)
+        data = data.copy()
+        return cls(
+            scheduled_rows=rows_of(data.pop("scheduled"), Scheduled._fields),
+            event_rows=rows_of(data.pop("block_events"), BlockEvent._fields),
+            sampled=dict(rows_of(data.pop("sampled"), ("id", "token"))),
+            **data,
+        )
 
 
 def attributes(record: Any) -> dict[str, Any]:

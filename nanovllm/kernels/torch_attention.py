@@ -190,7 +190,7 @@ def plan_decodes(context: Context, k_cache: torch.Tensor, seqs: list[int], room:
     heads = torch.arange(num_kv_heads, device=device).unsqueeze(1)  # [num_kv_heads, 1]
     mask = torch.zeros(is_token.shape, dtype=k_cache.dtype, device=device).masked_fill_(~is_token, float("-inf"))
     # In the middle of the room, whatever the group's size: of two threads that share the work each fills and reads the
-    # side it had before. From one end of the room, lines went from core to core, and a run took up to a fifth longer.
+    # side it had before. When every group began at the room's first slot, a run took up to a fifth longer.
     size = len(seqs) * longest
     start = (room.size(1) - size) // 2
     key, value = room[:, start : start + size].view(2, len(seqs), num_kv_heads, longest, -1)
