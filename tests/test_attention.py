@@ -171,6 +171,13 @@ def test_a_long_decode_beside_a_short_one(backend, device):
     check_attention([1, 1], [4096, 3], num_heads=2, num_kv_heads=1, backend=backend, device=device)
 
 
+@pytest.mark.skipif(not interpreter.IS_ON, reason="what is compiled for this Triton has one way")
+@pytest.mark.parametrize("masks_all", [True, False])
+def test_keys_are_hidden_as_for_old_and_new_tritons(masks_all, monkeypatch):
+    monkeypatch.setattr(module_of("triton", "cpu"), "MASKS_ALL", masks_all)
+    check_attention([1, 1, 1, 70, 33], [1, 65, 600, 70, 200], num_heads=4, num_kv_heads=2, backend="triton")
+
+
 @pytest.mark.skipif(interpreter.IS_ON, reason="too slow in an interpreter")
 @on_every_backend
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -309,6 +316,28 @@ def test_triton_on_a_cpu_is_refused():
         ValueError, match="'triton' needs an NVIDIA GPU; on a CPU use 'torch', or .* TRITON_INTERPRET=1"
     ):
         get_backend("triton", "cpu")
+
+
+@pytest.mark.parametrize(
+    "version, capability, is_refused",
+    [
+        ("3.2.0", (7, 0), True),
+        ("3.2.0", (7, 5), False),
+        ("3.3.1", (7, 5), True),
+        ("3.3.1", (8, 0), False),
+        ("3.4.0", (7, 0), False),
+    ],
+)
+def test_triton_is_refused_where_it_would_not_compile(version, capability, is_refused, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    if is_refused:
+        with pytest.raises(ValueError, match=r"for Tesla V100 by Triton 3\.[23]; .* install another, or use 'torch'"):
+            get_backend("triton", "cuda")
+    else:
+        assert get_backend("triton", "cuda").__name__ == "nanovllm.kernels.triton_attention"
 
 
 FITS = dict(device="cuda", dtype=torch.bfloat16, block_size=512, head_dim=128)

@@ -46,10 +46,30 @@ def get_backend(
     if name == "flash_attn":
         refuse_flash_attention(torch.device(device), dtype, block_size, head_dim)
     try:
+        if name == "triton":
+            refuse_triton(torch.device(device))
         return import_module(BACKENDS[name])
     except ImportError as error:
         instead = FLASH_INSTEAD if name == "flash_attn" else "use 'torch'"
         raise ValueError(f"attention_backend={name!r} cannot be imported here: {error}; {instead}") from error
+
+
+# Tritons, by version, that cannot compile a matrix product for GPUs below this compute capability: some end the process.
+TRITON_FROM = {"3.2": (7, 5), "3.3": (8, 0)}
+
+
+def refuse_triton(device: torch.device) -> None:
+    """ValueError where Triton is here, but cannot compile attention for the device."""
+    import triton  # there is none outside Linux
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    if device.type != "cuda" or version not in TRITON_FROM:
+        return
+    if torch.cuda.get_device_capability(device) < TRITON_FROM[version]:
+        raise ValueError(
+            f"attention_backend='triton' cannot be compiled for {torch.cuda.get_device_name(device)} by Triton {version}; "
+            "Triton 3.2 came with PyTorch 2.6, 3.3 with 2.7: install another, or use 'torch'"
+        )
 
 
 FLASH_INSTEAD = (
