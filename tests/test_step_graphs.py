@@ -86,6 +86,21 @@ def test_the_same_tokens(replaying, model_path, overlaps, budget):
     assert len(llm.engine.block_manager.free) == 14
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_sequences_that_grow_as_long_as_they_may(replaying, model_path, overlaps):
+    """Their tables are full to the last place, and with overlap a step more is launched before their end is known."""
+    settings = dict(max_model_len=75, max_num_seqs=3)  # five blocks of 16, the last not full
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[4]]
+    plain = LLM(model_path, dtype="float32", device="cpu", **settings)
+    expected = plain.generate(prompts, params, use_tqdm=False)
+    llm = replaying(overlaps, num_kv_blocks=15, **settings)
+    answers = llm.generate(prompts, params, use_tqdm=False)
+    assert [len(p) + len(a["token_ids"]) for p, a in zip(prompts, answers)] == [75, 75, 75]
+    assert [(a["token_ids"], a["finish_reason"]) for a in answers] == [(a["token_ids"], "length") for a in expected]
+    assert len(llm.engine.block_manager.free) == 15
+
+
 @pytest.fixture
 def no_pieces(monkeypatch):
     """Steps of more than 512 tokens run eagerly, as those of more than 8,192 do: so many are slow to test on a CPU."""
