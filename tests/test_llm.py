@@ -623,6 +623,17 @@ def test_nan_ends_the_request_it_comes_from_and_no_other(llm, monkeypatch):
     assert output["request_id"] == good and output["token_ids"] == expected
 
 
+def test_what_a_request_with_nan_has_computed_is_found_by_nobody(llm, monkeypatch):
+    """Its keys and values may be NaN as well: in 16-bit numbers, say, where those of one token are too large."""
+    prompt = [(7 * i) % 250 for i in range(50)]
+    compute_logits = llm.engine.model_runner.model.compute_logits
+    monkeypatch.setattr(llm.engine.model_runner.model, "compute_logits", lambda h: compute_logits(h).fill_(math.nan))
+    assert generate(llm, [prompt])[0]["finish_reason"] == "abort"
+    monkeypatch.undo()
+    assert generate(llm, [prompt])[0]["num_cached_tokens"] == 0
+    assert generate(llm, [prompt])[0]["num_cached_tokens"] == 48
+
+
 def test_a_scheduler_that_schedules_nothing_is_an_error_not_a_hang(model_path):
     from nanovllm.engine.scheduler import Batch, Scheduler
 

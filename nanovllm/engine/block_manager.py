@@ -94,10 +94,10 @@ class BlockManager:
         A cached block goes to the end of the queue, the tail of the sequence before its head: a prefix is worth more
         than what follows it, which cannot be found without it. A block that holds nothing goes to the front.
         """
+        if forget:
+            self.forget(seq)
         for block_id in reversed(seq.block_table):
             block = self.blocks[block_id]
-            if forget and block.hash is not None:
-                self._forget(block_id)
             block.ref_count -= 1
             self._tell("free", block_id, seq.id)
             if block.ref_count == 0:
@@ -108,6 +108,12 @@ class BlockManager:
         seq.num_computed_tokens = 0
         seq.num_entered_blocks = 0
         seq.parent = seq.params.cache_salt or ""
+
+    def forget(self, seq: Sequence) -> None:
+        """Take what lies in the blocks of `seq` out of the prefix cache: it is not what it should be."""
+        for block_id in seq.block_table:
+            if self.blocks[block_id].hash is not None:
+                self._forget(block_id)
 
     def clear(self) -> None:
         """Make all blocks as new, the prefix cache empty. Nobody may hold any."""

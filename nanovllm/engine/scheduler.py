@@ -160,6 +160,7 @@ class Scheduler:
             elif token_id is not None and token_id < 0:
                 finished.append(seq)
                 seq.finish_reason = "abort"  # NaN for logits: there was nothing to choose from
+                self.block_manager.forget(seq)  # its keys and values may be NaN as well, and nobody shall find them
             elif token_id is not None:
                 seq.token_ids.append(token_id)
                 if token_id in seq.stop_token_ids:

@@ -63,7 +63,7 @@ def refuse_triton(device: torch.device) -> None:
     import triton  # there is none outside Linux
 
     version = ".".join(triton.__version__.split(".")[:2])
-    if device.type != "cuda" or version not in TRITON_FROM:
+    if device.type != "cuda" or version not in TRITON_FROM or os.environ.get("TRITON_INTERPRET") == "1":
         return
     if torch.cuda.get_device_capability(device) < TRITON_FROM[version]:
         raise ValueError(

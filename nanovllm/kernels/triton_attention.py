@@ -204,7 +204,7 @@ def chunk_of(tile, query_start, num_decodes, num_seqs, TOKENS: tl.constexpr):
 
 @triton.jit
 def blocks_of(block_tables, row, tile_begin, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """The physical block of each token in a tile; past the end, that of the last one."""
+    """The physical block of each token in a tile of keys; past the end, that of the last token."""
     key_position = tl.minimum(tile_begin + tl.arange(0, TILE), end - 1)
     return tl.load(block_tables + row + key_position // BLOCK_SIZE)
 
@@ -235,7 +235,7 @@ def attend_kernel(
         first = (tile - first_tile(query_start, seq, num_decodes, TOKENS)) * TOKENS
     context_len = tl.load(context_lens + seq)
 
-    # The part of the context that this program walks over: a decode's piece, or all of it.
+    # The part of the context that this program walks over: a decode's piece, or all up to the tile's end.
     begin, end = 0, tl.minimum(context_len, context_len - query_len + first + TOKENS)
     num_splits = 1
     if query_len == 1:
@@ -259,13 +259,13 @@ def attend_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)  # score so far, times `scale`
     total = tl.zeros([ROWS], tl.float32)  # of the weights, relative to the highest
     result = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    seen_by_all = tl.minimum(end, context_len - query_len + first + 1)  # all queries see the keys before this one
+    seen_by_all = tl.minimum(end, context_len - query_len + first + 1)  # all queries see what is before
     next_block = blocks_of(block_tables, seq * table_stride, begin, end, BLOCK_SIZE, TILE)
     for tile_begin in range(begin, end, TILE):
         # Blocks are looked up a tile ahead: only then can keys and values be copied a tile ahead.
         block = next_block
         next_block = blocks_of(block_tables, seq * table_stride, tile_begin + TILE, end, BLOCK_SIZE, TILE)
-        # What lies past the end is never read, for it may be another's, or NaN.
+        # Past the end the last key is read again, and never what lies there: that may be another's, or NaN.
         key_position = tile_begin + tl.arange(0, TILE)
         slot = block.to(tl.int64) * BLOCK_SIZE + tl.minimum(key_position, end - 1) % BLOCK_SIZE
         key_at = slot[:, None] * slot_stride + kv_head * HEAD_DIM + dim[None, :]
@@ -278,7 +278,8 @@ def attend_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, TILE]
             scores = tl.where(key_position[None, :] <= last_seen[:, None], scores, float("-inf"))
         else:
-            # Sums that begin at -inf stay there. Few tiles have keys to hide: to ask first makes chunks a fifth faster.
+            # `tl.dot` adds to `scores`: what begins at -inf stays there. Few rounds have a key to hide, and to ask first
+            # makes chunks a fifth faster.
             scores = tl.zeros([ROWS, TILE], tl.float32)
             if tile_begin + TILE > seen_by_all:
                 scores = tl.where(key_position[None, :] <= last_seen[:, None], 0.0, float("-inf"))

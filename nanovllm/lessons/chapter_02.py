@@ -116,7 +116,7 @@ Program = tuple[int, int, int]  # its number in each direction of the grid
 def watch_programs(cache: torch.Tensor) -> Iterator[dict[Program, list[int]]]:
     """Record the slots of `cache` that each program of a kernel reads, for the duration of a `with` block.
 
-    For Triton's interpreter, on a CPU. A slot is there once for each time that a program reads from it.
+    For Triton's interpreter, on a CPU. A slot is there once for each tile in which a program reads it.
     """
     from triton.runtime.interpreter import interpreter_builder  # there is no Triton outside Linux
 
