@@ -10,7 +10,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.bench.kernels import Limits, measure_fused, measure_kernels
+from nanovllm.bench.kernels import BLOCK_SIZES, Limits, measure_fused, measure_kernels
 from nanovllm.bench.profile import where_time_goes
 from nanovllm.bench.report import Report, gpu_record
 from nanovllm.bench.serving import measure_serving
 from nanovllm.bench.steps import decoding, random_prompt
 from nanovllm.bench.timing import seconds_on_gpu, watch_others
 from nanovllm.engine.model_runner import dtype_name, resolve_dtype
+from nanovllm.kernels import get_backend
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import LMHead
 from nanovllm.layers.linear import Linear
@@ -76,7 +77,7 @@ def shared_workload() -> tuple[list[list[int]], list[int]]:
 
 
 def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> None:
-    """Kernels, the shared benchmark, steps: with CUDA graphs, without, and with the torch backend; then against a peer."""
+    """Kernels, the shared benchmark, steps: of every attention backend that is here, with CUDA graphs and without; then a peer."""
     hf_config = load_hf_config(path)
     dtype = resolve_dtype("auto", hf_config, torch.device("cuda"))
     limits = measure_limits(report, dtype)
@@ -88,6 +89,9 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
         ", eager": {"enforce_eager": True},
         ", eager, torch attention": {"enforce_eager": True, "attention_backend": "torch"},
     }
+    with suppress(ValueError):  # it is not here, or not for this GPU or model
+        get_backend("flash_attn", "cuda", dtype, block_size := BLOCK_SIZES["flash_attn"])
+        variants[", flash_attn"] = {"attention_backend": "flash_attn", "block_size": block_size}
     for name, settings in variants.items():
         report.progress(f"starting an engine{name}")
         start = perf_counter()
@@ -95,7 +99,8 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
         started = perf_counter() - start
         if not name:
             report.add(record("start-up", llm, started, "s"))
-            measure_shared(report, llm)
+        if llm.engine.model_runner.graphs is not None:
+            measure_shared(report, llm, name)
         measure_decode_steps(report, llm, size, name, limits)
         measure_prefills(report, llm, size, name, limits)
         if not name:
@@ -120,14 +125,25 @@ def measure_limits(report: Report, dtype: torch.dtype) -> Limits:
     return Limits(bandwidth, rate, dtype)
 
 
-def measure_shared(report: Report, llm: LLM) -> None:
+def measure_shared(report: Report, llm: LLM, name: str) -> None:
     """The benchmark of the family: output tokens a second, best of three."""
-    seconds = []
-    for i in range(3):
-        report.progress(f"shared benchmark, run {i + 1} of 3")
-        with watch_others() as load:
-            seconds.append(shared_seconds(llm))
-    report.add(shared_record("shared benchmark", llm, seconds) | load)
+    with watch_others() as load:
+        both = shared_both_ways(report, llm, f"shared benchmark{name}", rounds=3)
+    for measurement, seconds in both.items():
+        report.add(shared_record(measurement, llm, seconds) | load)
+
+
+def shared_both_ways(report: Report, llm: LLM, name: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run of it, in turns: with steps that overlap, and one after the other."""
+    overlap = llm.engine.overlap
+    seconds: dict[str, list[float]] = {name: [], f"{name}, without overlap": []}
+    for i in range(rounds):
+        for measurement, runs in seconds.items():
+            report.progress(f"{measurement}, run {i + 1} of {rounds}")
+            llm.engine.overlap = overlap if measurement == name else None
+            runs.append(shared_seconds(llm))
+    llm.engine.overlap = overlap
+    return seconds
 
 
 def shared_seconds(llm: LLM) -> float:

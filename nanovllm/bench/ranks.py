@@ -16,8 +16,8 @@ from nanovllm.bench.gpu import (
     prefill_seconds,
     qwen3_folder,
     record,
+    shared_both_ways,
     shared_record,
-    shared_seconds,
     step_seconds,
     warm_median,
 )
@@ -82,12 +82,5 @@ def measure_engine(report: Report, llm: LLM, name: str) -> None:
     milliseconds = 1000 * warm_median(prefill, ROUNDS)
     report.add(record(f"{name}: prefill, {num_prompts} x {prompt_len} tokens", llm, milliseconds, "ms"))
 
-    overlap = llm.engine.overlap
-    seconds: dict[str, list[float]] = {"": [], ", without overlap": []}
-    for _ in range(SHARED_ROUNDS):
-        for how in seconds:
-            report.progress(f"{name}: shared benchmark{how}")
-            llm.engine.overlap = None if how else overlap
-            seconds[how].append(shared_seconds(llm))
-    for how, runs in seconds.items():
-        report.add(shared_record(f"{name}: shared benchmark{how}", llm, runs))
+    for measurement, seconds in shared_both_ways(report, llm, f"{name}: shared benchmark", SHARED_ROUNDS).items():
+        report.add(shared_record(measurement, llm, seconds))
