@@ -269,9 +269,11 @@ def test_what_a_failed_step_should_have_computed_leaves_the_cache():
     a, b = make_sequence("aaaa bbbb 1"), make_sequence("aaaa bbbb 2")
     admit(blocks, a)
     admit(blocks, b)
-    blocks.release(b, forget=True)
+    blocks.forget(b)
+    blocks.release(b)
     assert hits(blocks, "aaaa bbbb +") == [] and ref_counts(blocks) == [1, 1, 1, 0, 0, 0]
-    blocks.release(a, forget=True)
+    blocks.forget(a)
+    blocks.release(a)
     assert list(blocks.free) == [0, 1, 2, 3, 4, 5] and not blocks.cached
 
 
@@ -527,7 +529,9 @@ def run_beside_plain_blocks(seed: int, num_operations: int, monkeypatch) -> Coun
             random.choice(running).token_ids.append(random.randrange(2))
         elif running and (kind == "release" or random.random() < 0.5):
             seq = random.choice(running)
-            blocks.release(seq, forget=kind == "forget")
+            if kind == "forget":
+                blocks.forget(seq)
+            blocks.release(seq)
             plain.release(seq, forget=kind == "forget")
             waiting.append(seq)
 

@@ -88,14 +88,12 @@ class BlockManager:
         if self.enable_prefix_caching:
             self._enter(seq)
 
-    def release(self, seq: Sequence, forget: bool = False) -> None:
-        """Give back all blocks of `seq`; with `forget`, because their step failed, their contents leave the cache too.
+    def release(self, seq: Sequence) -> None:
+        """Give back all blocks of `seq`.
 
         A cached block goes to the end of the queue, the tail of the sequence before its head: a prefix is worth more
         than what follows it, which cannot be found without it. A block that holds nothing goes to the front.
         """
-        if forget:
-            self.forget(seq)
         for block_id in reversed(seq.block_table):
             block = self.blocks[block_id]
             block.ref_count -= 1
@@ -110,7 +108,7 @@ class BlockManager:
         seq.parent = seq.params.cache_salt or ""
 
     def forget(self, seq: Sequence) -> None:
-        """Take what lies in the blocks of `seq` out of the prefix cache: it is not what it should be."""
+        """Take what the blocks of `seq` hold out of the prefix cache: its step has failed, or gave NaN."""
         for block_id in seq.block_table:
             if self.blocks[block_id].hash is not None:
                 self._forget(block_id)

@@ -134,11 +134,11 @@ class Scheduler:
         seq.num_in_flight += 1
         batch.scheduled.append(ScheduledSequence(seq, start, num_new_tokens, samples))
 
-    def _preempt(self, forget: bool = False) -> Sequence:
+    def _preempt(self) -> Sequence:
         """Send the last running sequence back to wait. Its tokens stay; keys and values are computed again later."""
         seq = self.running.pop()
         self.waiting.appendleft(seq)
-        self._release(seq, Status.WAITING, forget)
+        self._release(seq, Status.WAITING)
         return seq
 
     # -- Learning what it gave -----------------------------------------------------------------------------------------
@@ -192,13 +192,15 @@ class Scheduler:
             seq.num_in_flight -= 1
             seq.num_tokens = len(seq.token_ids)
             if seq.status is Status.FINISHED and seq.num_in_flight == 0:
-                self._release(seq, Status.FINISHED, forget=True)
+                self.block_manager.forget(seq)
+                self._release(seq, Status.FINISHED)
         while self.running:
-            self._preempt(forget=True)
+            self.block_manager.forget(self.running[-1])
+            self._preempt()
 
-    def _release(self, seq: Sequence, status: Status, forget: bool = False) -> None:
+    def _release(self, seq: Sequence, status: Status) -> None:
         seq.status = status
-        self.block_manager.release(seq, forget)
+        self.block_manager.release(seq)
         if seq.row >= 0:
             self.free_rows.append(seq.row)
             seq.row = -1

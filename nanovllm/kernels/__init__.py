@@ -38,11 +38,6 @@ def get_backend(
     """
     if name not in BACKENDS:
         raise ValueError(f"attention_backend must be one of {', '.join(map(repr, BACKENDS))}, not {name!r}")
-    if name == "triton" and torch.device(device).type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            "attention_backend='triton' needs an NVIDIA GPU; on a CPU use 'torch', or start Python with the environment "
-            "variable TRITON_INTERPRET=1, which runs the kernels line by line, and slowly"
-        )
     if name == "flash_attn":
         refuse_flash_attention(torch.device(device), dtype, block_size, head_dim)
     try:
@@ -55,20 +50,31 @@ def get_backend(
 
 
 # Tritons, by version, that cannot compile a matrix product for GPUs below this compute capability: some end the process.
-TRITON_FROM = {"3.2": (7, 5), "3.3": (8, 0)}
+TRITON_FROM = {(3, 2): (7, 5), (3, 3): (8, 0)}
+
+
+def triton_version() -> tuple[int, int]:
+    """Of the Triton that is here. ImportError where there is none, as outside Linux."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def refuse_triton(device: torch.device) -> None:
-    """ValueError where Triton is here, but cannot compile attention for the device."""
-    import triton  # there is none outside Linux
-
-    version = ".".join(triton.__version__.split(".")[:2])
-    if device.type != "cuda" or version not in TRITON_FROM or os.environ.get("TRITON_INTERPRET") == "1":
+    """ValueError where Triton's kernels cannot run, or Triton cannot compile attention for the GPU."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
         return
-    if torch.cuda.get_device_capability(device) < TRITON_FROM[version]:
+    if device.type != "cuda":
         raise ValueError(
-            f"attention_backend='triton' cannot be compiled for {torch.cuda.get_device_name(device)} by Triton {version}; "
-            "Triton 3.2 came with PyTorch 2.6, 3.3 with 2.7: install another, or use 'torch'"
+            "attention_backend='triton' needs an NVIDIA GPU; on a CPU use 'torch', or start Python with the environment "
+            "variable TRITON_INTERPRET=1, which runs the kernels line by line, and slowly"
+        )
+    version = triton_version()
+    if version in TRITON_FROM and torch.cuda.get_device_capability(device) < TRITON_FROM[version]:
+        raise ValueError(
+            f"attention_backend='triton' cannot be compiled for {torch.cuda.get_device_name(device)} by Triton "
+            f"{version[0]}.{version[1]}; Triton 3.2 came with PyTorch 2.6, 3.3 with 2.7: install another, or use 'torch'"
         )
 
 

@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels import triton_version
 from nanovllm.kernels.torch_attention import allocate
 from nanovllm.utils.context import Context
 
@@ -45,7 +46,7 @@ NUM_STAGES = 3
 LOG2_E = 1.4426950408889634
 
 # Before 3.3 Triton copies nothing ahead in a loop with a condition in it: there keys are hidden in every tile.
-MASKS_ALL = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3))
+MASKS_ALL = tl.constexpr(triton_version() < (3, 3))
 
 # Triton's interpreter reads a bfloat16 product's operands as whole numbers: there they become float32 first.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
