@@ -66,12 +66,12 @@ class StepGraphs:
         large_buckets = large_buckets_up_to(max_num_tokens)
         largest, most_sampled = max(self.buckets + large_buckets), self.sample_buckets[-1]
 
-        # What a step writes: ids, positions and rows of its tokens; hidden rows, rows and random bits of those it samples.
+        # What a step writes: ids, positions and rows of its tokens; of those it samples hidden rows, rows, random bits and
+        # temperatures.
         self.inputs = torch.zeros(3 * largest, dtype=torch.int64, device=device)
-        self.sample_inputs = torch.zeros(3 * most_sampled, dtype=torch.int64, device=device)
+        self.sample_inputs = torch.zeros(4 * most_sampled, dtype=torch.int64, device=device)
         # What changes rarely. The last row is for padding: a block table that leads to the dummy block only.
         self.block_tables = torch.full((num_rows + 1, max_num_blocks), num_blocks, dtype=torch.int32, device=device)
-        self.temperature = torch.zeros(num_rows + 1, dtype=torch.float32, device=device)
         self.last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)  # sampled last in each row
         # What it leaves behind.
         self.hidden_states = torch.zeros(largest, hidden_size, dtype=dtype, device=device)
@@ -144,9 +144,9 @@ class StepGraphs:
         """Tokens for some of the hidden states, greedy or by temperature."""
         from nanovllm.kernels.triton_sampler import sample  # it needs Triton; all else here can be read anywhere
 
-        at, rows, bits = self.sample_inputs[: 3 * bucket].view(3, bucket)
+        at, rows, bits, temperature = self.sample_inputs[: 4 * bucket].view(4, bucket)
         logits = self.model.compute_logits(self.hidden_states[at])  # type: ignore[operator]
-        self.token_ids[:bucket] = sample(logits, self.temperature[rows], bits)
+        self.token_ids[:bucket] = sample(logits, temperature.view(torch.float64).float(), bits)
         self.remember(rows, self.token_ids[:bucket])
 
     def remember(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
@@ -175,29 +175,33 @@ class StepGraphs:
         """Whether there is a graph to sample so many sequences."""
         return num_sampled <= self.sample_buckets[-1]
 
-    def sample(self, hidden_states: torch.Tensor, at: np.ndarray, rows: np.ndarray, bits: np.ndarray) -> torch.Tensor:
+    def sample(
+        self, hidden_states: torch.Tensor, at: np.ndarray, rows: np.ndarray, bits: np.ndarray, temperature: np.ndarray
+    ) -> torch.Tensor:
         """Tokens for rows `at` of the hidden states, `[num_sampled]`: a copy, which the next replay does not touch."""
         num_sampled = len(at)
         if hidden_states.data_ptr() != self.hidden_states.data_ptr():  # of a step too large for a graph
             self.hidden_states[:num_sampled] = hidden_states[copied(at, hidden_states.device)]
             at = np.arange(num_sampled)
-        bucket = self.fill(self.sample_inputs, np.stack([at, rows, bits]), padding=[0, self.padding_row, 0])
+        inputs = np.stack([at, rows, bits, temperature.astype(np.float64).view(np.int64)])
+        bucket = self.fill(self.sample_inputs, inputs, padding=[0, self.padding_row, 0, 0])
         self.sample_graphs[bucket].replay()
         return self.token_ids[:num_sampled].clone()
 
     def fill(self, buffer: torch.Tensor, inputs: np.ndarray, padding: list[int]) -> int:
-        """Write `inputs`, `[3, n]`, and columns of `padding` behind them where a graph reads them; returns its bucket."""
+        """Write `inputs`, `[k, n]`, and columns of `padding` behind them where a graph reads them; returns its bucket."""
         n = inputs.shape[1]
         bucket = bucket_of(n)
         assert bucket is not None
-        padded = np.repeat(np.array(padding)[:, None], bucket, axis=1)  # [3, bucket]
+        padded = np.repeat(np.array(padding)[:, None], bucket, axis=1)  # [k, bucket]
         padded[:, :n] = inputs
-        buffer[: 3 * bucket].copy_(pinned(padded.ravel()), non_blocking=True)
+        buffer[: padded.size].copy_(pinned(padded.ravel()), non_blocking=True)
         return bucket
 
-    def write(self, table: torch.Tensor, places: np.ndarray, values: np.ndarray) -> None:
-        """Change some numbers of a table, one-dimensional, on the device."""
-        table.index_copy_(0, copied(places, table.device), copied(values, table.device))
+    def add_blocks(self, rows: np.ndarray, places: np.ndarray, blocks: np.ndarray) -> None:
+        """Write physical blocks to their places in the block tables of some rows, `[n]` each."""
+        at, values = copied(np.stack([rows * self.block_tables.size(1) + places, blocks]), self.block_tables.device)
+        self.block_tables.view(-1).index_copy_(0, at, values.int())
 
 
 @contextmanager

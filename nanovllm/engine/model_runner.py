@@ -1,11 +1,11 @@
 """The model runner: a scheduled batch becomes tensors, the tensors become logits, the logits become tokens."""
 
-import functools
 import logging
 import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial, wraps
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -45,7 +45,7 @@ NO_LOGPROBS = -1  # in the place of how many a request wants
 def on_its_gpu(method: Callable[..., Any]) -> Callable[..., Any]:
     """Triton, CUDA graphs and events take torch's *current* GPU: while `method` runs, that is the one of its runner."""
 
-    @functools.wraps(method)
+    @wraps(method)
     def call(self: "ModelRunner", *args: Any) -> Any:
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):  # -1 changes nothing
             return method(self, *args)
@@ -220,9 +220,9 @@ class ModelRunner:
             prepared = perf_counter()
             hidden_states = self.graphs.replay(inputs.input_ids, inputs.positions, rows)
         else:
-            context = self.prepare(inputs)
             prepared = perf_counter()
-            hidden_states = self.graphs.large.replay(inputs.input_ids, inputs.positions, rows, context)
+            prepare = partial(self.prepare, inputs)
+            hidden_states = self.graphs.large.replay(inputs.input_ids, inputs.positions, rows, prepare)
         computed = perf_counter()
         launched = self.sample(inputs, hidden_states)
         sampled = perf_counter()
@@ -238,16 +238,10 @@ class ModelRunner:
             self.top_p[row], self.min_p[row], self.seed[row] = params.top_p, params.min_p, params.seed
             self.truncates[row] = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
             self.num_logprobs[row] = NO_LOGPROBS if params.logprobs is None else params.logprobs
-        rows, places, blocks = inputs.new_blocks.T
+        rows, places, blocks = inputs.new_blocks
         self.block_tables[rows, places] = blocks
-        if self.graphs is None:
-            return
-        if inputs.admitted:
-            admitted = np.array([row for row, _ in inputs.admitted])
-            self.graphs.write(self.graphs.temperature, admitted, self.temperature[admitted])
-        if len(blocks):
-            at = rows * self.block_tables.shape[1] + places
-            self.graphs.write(self.graphs.block_tables.view(-1), at, self.block_tables[rows, places])
+        if self.graphs is not None and len(blocks):
+            self.graphs.add_blocks(rows, places, blocks)
 
     def prepare(self, inputs: StepInputs) -> Context:
         """What attention must know, as tensors."""
@@ -275,7 +269,7 @@ class ModelRunner:
         is_simple = not self.truncates[rows].any() and not len(want_logprobs)
         if is_simple and self.graphs is not None and self.graphs.samples_at_once(len(rows)):
             bits = random_bits(self.seed[rows], positions).view(np.int64)
-            return LaunchedStep(self.graphs.sample(hidden_states, last, rows, bits))
+            return LaunchedStep(self.graphs.sample(hidden_states, last, rows, bits, self.temperature[rows]))
 
         logits = self.model.compute_logits(hidden_states[self.to_device(last)])  # type: ignore[operator]  # [num_sampled, vocab_size]
         token_ids = self.choose(logits, rows, positions)

@@ -95,16 +95,19 @@ class PiecewiseGraphs:
             for layer in self.layers:
                 layer.backend = self.backend
 
-    def replay(self, input_ids: np.ndarray, positions: np.ndarray, rows: np.ndarray, context: Context) -> torch.Tensor:
-        """As `StepGraphs.replay`; `context` is what attention must know."""
+    def replay(
+        self, input_ids: np.ndarray, positions: np.ndarray, rows: np.ndarray, prepare: Callable[[], Context]
+    ) -> torch.Tensor:
+        """As `StepGraphs.replay`; what attention must know, `prepare` works out while the GPU computes the first piece."""
         graphs, n = self.graphs, len(input_ids)
-        context.plan = self.backend.plan(context, self.layers[0].k_cache)
         bucket = graphs.fill_tokens(input_ids, positions, rows)
-        *pieces, last = self.pieces[bucket]
-        for piece, query, layer in zip(pieces, self.queries[bucket], self.layers, strict=True):
-            piece.replay()
+        first, *others = self.pieces[bucket]
+        first.replay()
+        context = prepare()
+        context.plan = self.backend.plan(context, self.layers[0].k_cache)
+        for query, layer, piece in zip(self.queries[bucket], self.layers, others, strict=True):
             self.backend.attend(query[:n], layer.k_cache, layer.v_cache, context, layer.scale, self.output[:n])
-        last.replay()
+            piece.replay()
         return graphs.hidden_states[:n]
 
 

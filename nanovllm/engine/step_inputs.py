@@ -20,7 +20,7 @@ class StepInputs:
     """The tokens of a step, sequence after sequence, and what has changed in the tables since the last one."""
 
     admitted: list[tuple[int, SamplingParams]]  # new rows
-    new_blocks: np.ndarray  # [n, 3]: row, place in its block table, physical block
+    new_blocks: np.ndarray  # [3, n]: rows, places in their block tables, physical blocks
     rows: np.ndarray  # [num_seqs]: where each sequence's block table and settings stand
     num_new: np.ndarray  # [num_seqs]: tokens of each
     samples: np.ndarray  # [num_seqs] bool: its last token is among them, so the step tells the next one
@@ -43,13 +43,17 @@ class InputCollector:
         scheduled.sort(key=lambda s: s.num_new_tokens > 1)
         for seq in batch.admitted:
             self.num_told_blocks[seq.row] = 0
-        new_blocks: list[tuple[int, int, int]] = []
+        rows: list[int] = []  # of blocks that are new: whose, where in its block table, and which
+        places: list[int] = []
+        blocks: list[int] = []
         token_ids: list[int] = []
         for s in scheduled:
             row, block_table = s.seq.row, s.seq.block_table
             told = self.num_told_blocks[row]
             if told < len(block_table):
-                new_blocks += [(row, i, block_table[i]) for i in range(told, len(block_table))]
+                rows += [row] * (len(block_table) - told)
+                places += range(told, len(block_table))
+                blocks += block_table[told:]
                 self.num_told_blocks[row] = len(block_table)
             end = s.num_computed_tokens + s.num_new_tokens
             token_ids += s.seq.token_ids[s.num_computed_tokens : end]
@@ -62,7 +66,7 @@ class InputCollector:
         ends = np.cumsum(num_new)
         return StepInputs(
             admitted=[(seq.row, seq.params) for seq in batch.admitted],
-            new_blocks=np.array(new_blocks, np.int64).reshape(-1, 3),
+            new_blocks=np.array([rows, places, blocks], np.int64),
             rows=np.array([s.seq.row for s in scheduled]),
             num_new=num_new,
             samples=np.array([s.samples for s in scheduled]),
