@@ -7,8 +7,10 @@ from time import monotonic
 
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
+from tests.conftest import SIZES, save_random_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -16,13 +18,20 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 PROMPTS = [[(7 * i + n) % 250 for i in range(n)] for n in (1, 3, 40, 90, 17, 64, 600)]  # 815 tokens: in pieces
 
 
+@pytest.fixture(scope="module")
+def eight_heads_path(tmp_path_factory):
+    """As many as there are GPUs in most computers; two KV heads."""
+    config = Qwen3Config(head_dim=32, **SIZES | {"num_attention_heads": 8})
+    return save_random_model(Qwen3ForCausalLM, config, tmp_path_factory.mktemp("eight-heads"))
+
+
 @pytest.mark.parametrize("enforce_eager", [True, False])
-@pytest.mark.parametrize("size", [2, 4])  # four heads, two KV heads
-def test_several_gpus_answer_as_one(tiny_qwen3_path, size, enforce_eager):
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_several_gpus_answer_as_one(eight_heads_path, size, enforce_eager):
     if torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} GPUs")
     settings = dict(dtype="float32", device="cuda", num_kv_blocks=100, enforce_eager=enforce_eager)
-    one, several = LLM(tiny_qwen3_path, **settings), LLM(tiny_qwen3_path, tensor_parallel_size=size, **settings)
+    one, several = LLM(eight_heads_path, **settings), LLM(eight_heads_path, tensor_parallel_size=size, **settings)
     answers = [[a["token_ids"] for a in llm.generate(PROMPTS, GREEDY, use_tqdm=False)] for llm in (one, several)]
     assert answers[0] == answers[1]
     assert [rank["device"] for rank in several.engine.model_runner.describe()] == [f"cuda:{i}" for i in range(size)]
