@@ -2,10 +2,12 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.cuda_graphs import copied
 from nanovllm.engine.overlap import Overlap
 
 
@@ -125,6 +127,38 @@ def test_padding_touches_nobody(pair):
         assert changed[:-1].sum() <= 9  # the last block is the dummy
     for request_id in list(llm.engine.requests):
         llm.abort(request_id)
+
+
+def test_what_is_written_later_reaches_no_copy_that_still_waits():
+    """The memory that a GPU copies from by itself is not lent again before it has."""
+    copied(np.zeros(1000), torch.device("cuda"))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # half a second, before which nothing below begins
+    copies = [copied(np.full(1000, i), torch.device("cuda")) for i in range(100)]
+    assert not torch.cuda.current_stream().query(), "the GPU woke up too early: nothing was tested"
+    assert [copy.unique().tolist() for copy in copies] == [[i] for i in range(100)]
+
+
+def test_a_gpu_that_lags_behind_gives_the_same(pair, monkeypatch):
+    """Python plans and writes the next step while the GPU has not begun this one."""
+    llm = pair[0]
+    runner = llm.engine.model_runner
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=10 + i, ignore_eos=True) for i in range(20)]
+    prompts = prompts_of([1 + 7 * i for i in range(19)] + [590], seed=2)  # also in pieces
+    llm.reset_prefix_cache()
+    expected = [a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)]
+
+    def run(inputs, run=runner.run):
+        torch.cuda._sleep(10**8)  # 50 ms
+        launched = run(inputs)
+        waiting.append(not torch.cuda.current_stream().query())
+        return launched
+
+    waiting: list[bool] = []
+    monkeypatch.setattr(runner, "run", run)
+    llm.reset_prefix_cache()
+    assert [a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)] == expected
+    assert all(waiting) and len(waiting) > 30
 
 
 def test_steps_overlap_and_give_the_same(tiny_qwen3_path):
