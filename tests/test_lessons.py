@@ -159,6 +159,15 @@ Picture()"""
     }
 
 
+def test_the_model_is_there_before_a_chapter_runs(tmp_path, monkeypatch):
+    """Else the bar of its download would be saved with the first chapter that is run on a machine."""
+    monkeypatch.setattr("nanovllm.utils.hub.resolve_model", lambda name: (tmp_path / "model").touch())
+    path = tmp_path / "00_quickstart.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("import os\nprint(os.path.exists('model'))", id="look")]), path)
+    execute(path)
+    assert nbformat.read(path, as_version=4).cells[0].outputs[0].text == "True\n"
+
+
 def test_normalise_keeps_tags_alone():
     notebook = notebook_with()
     notebook.metadata["language_info"] = {"version": "3.99"}

@@ -72,7 +72,9 @@ def main() -> int:
 def execute(path: Path) -> None:
     """Execute a notebook in a fresh kernel and save it, in a form that depends on its content alone."""
     from nanovllm.lessons.margins import margins_of  # this loads torch
+    from nanovllm.utils.hub import resolve_model
 
+    resolve_model(None)  # now, or the bar of its download would be saved
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.id in GENERATED:
