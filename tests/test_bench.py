@@ -186,6 +186,27 @@ def test_sides_take_turns():
     assert calls == ["a", "b"] * 4  # one to warm up
 
 
+def test_no_part_of_a_step_is_counted_twice(model_path, monkeypatch):
+    llm = LLM(model_path, device="cpu", num_kv_blocks=32)
+    running = []
+
+    def alone(name, function):
+        def call(*args):
+            assert not running, f"{name} is called in {running[0]}, and its time would be in both"
+            running.append(name)
+            try:
+                return function(*args)
+            finally:
+                running.pop()
+
+        return call
+
+    for name, owner, method in steps.parts_of(llm):
+        monkeypatch.setattr(owner, method, alone(name, getattr(owner, method)), raising=False)
+    with steps.decoding(llm, 3, 20, random.Random(0)):
+        llm.step()
+
+
 def test_the_stopwatch_leaves_objects_as_they_were(model_path):
     llm = LLM(model_path, num_kv_blocks=8)
     before = dict(vars(llm.engine.scheduler))

@@ -180,6 +180,6 @@ def test_embedding_and_head(dtype, tied):
     assert torch.equal(weight, embedding.weight) == tied
     head.prepack()
     logits = head(x)
-    assert logits.dtype == torch.float32
+    assert logits.dtype == dtype
     torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, rtol=0.02, atol=5 * TOLERANCE[dtype])
     assert torch.equal(embedding(torch.tensor([7, 0])), embedding.weight[[7, 0]])  # the lookup outlives the packing

@@ -142,7 +142,7 @@ def parts_of(llm: LLM) -> list[tuple[str, Any, str]]:
     kinds = {"matrix products": Linear, "attention": Attention, "norms": RMSNorm}
     layers = [(name, m, "forward") for name, kind in kinds.items() for m in modules if isinstance(m, kind)]
     return layers + [
-        ("sampling", engine.model_runner, "sample"),
+        ("sampling", engine.model_runner, "choose"),
         ("planning", engine.scheduler, "schedule"),
         ("planning", engine.model_runner.collector, "collect"),
         ("planning", engine.model_runner, "update_tables"),

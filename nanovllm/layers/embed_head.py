@@ -35,8 +35,8 @@ class Embedding(nn.Module):
 class LMHead(Linear):
     """The matrix product that gives the logits.
 
-    In float32 on a CPU, whatever the model computes in. On a GPU they stay as they are: the sampler makes each number
-    float32 when it reads it, and 150,000 logits a row are better not written twice.
+    They stay in the type that the model computes in: the sampler makes each number float32 when it reads it, and 150,000
+    logits a row are better not written twice.
 
     Tied to an embedding, it has that one's weight (Press and Wolf 2017, "Using the Output Embedding to Improve Language
     Models"). When it is packed the embedding keeps the original, for rows cannot be looked up in a packed weight.
@@ -51,6 +51,5 @@ class LMHead(Linear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`hidden_states` is `[num_rows, hidden_size]`; returns `[num_rows, vocab_size]`, on every rank."""
-        logits = super().forward(hidden_states)
-        logits = self.ranks.all_gather(logits if logits.is_cuda else logits.float())
+        logits = self.ranks.all_gather(super().forward(hidden_states))
         return logits[:, : self.vocab_size]

@@ -96,5 +96,5 @@ class LlamaForCausalLM(nn.Module):
         return self.model(input_ids, positions)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` is `[num_rows, hidden_size]`; returns `[num_rows, vocab_size]`, on a CPU float32."""
+        """`hidden_states` is `[num_rows, hidden_size]`; returns `[num_rows, vocab_size]`."""
         return self.lm_head(hidden_states)
