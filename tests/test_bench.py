@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM
 from nanovllm.bench import Size, gpu, ranks, run, steps
-from nanovllm.bench.profile import kind_of
+from nanovllm.bench.profile import DecodeStep, Kernel, attention_by_batch, by_kind, kind_of
 from nanovllm.bench.report import Report
 from nanovllm.bench.serving import Workload
 from nanovllm.bench.timing import best_of, stopwatch, watch_others
@@ -292,6 +292,21 @@ def test_what_the_kernels_of_a_step_are_for(n):
     assert kinds["products"] == 4 * 28 + 1 + (28 if n == 1 else 0)  # cuBLAS adds up the halves of one that it has split
 
 
+def test_attention_is_told_for_few_sequences_and_for_many():
+    """Two layers; a step with prompts, one of 3 decodes, one of 20, one of 16, by hand."""
+    step = [Kernel("nvjet_tst", 9.0), Kernel("attend_kernel", 1.0), Kernel("attend_kernel", 2.0)]
+    split = [Kernel("attend_kernel", 3.0), Kernel("combine_kernel", 0.5)] * 2 + [Kernel("nvjet_tst", 9.0)]
+    steps = [None, DecodeStep(3, 2.0), DecodeStep(20, 6.0), DecodeStep(16, 1.5)]
+    kernels = step + step + split + step
+    assert by_kind(kernels) == {"products": 36.0, "attention": 16.0}
+    assert attention_by_batch(kernels, steps, 2) == [
+        dict(sequences=[1, 16], steps=2, ms=6.0, floor_ms=3.5, times_the_floor=1.714),
+        dict(sequences=[17, 32], steps=1, ms=7.0, floor_ms=6.0, times_the_floor=1.167),
+    ]
+    with pytest.raises(AssertionError, match="8 layers attend in 3 steps"):
+        attention_by_batch(kernels, steps[1:], 2)
+
+
 def test_one_rank_and_two(monkeypatch):
     """What several GPUs would measure, with ranks on a CPU."""
     sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
@@ -339,3 +354,6 @@ def test_every_part_is_measured_on_a_gpu(model_path, monkeypatch):
     assert sum("decode step" in name for name in measured) == 2 * num_engines
     assert sum("prefill" in name and "tokens" in name for name in measured) == 2 * num_engines + 1
     assert sum("shared benchmark" in name for name in measured) == 2 * (num_engines - 2)  # not of those without graphs
+    (profile,) = (record for record in report.records if record["measurement"] == "kernels of the shared workload")
+    assert profile["by_kind_ms"].keys() >= {"attention", "products", "sums and norms", "sampler"}
+    assert [row["steps"] for row in profile["attention"]] == [profile["steps"] - 1], "all but the prompts'"

@@ -21,7 +21,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench.kernels import BLOCK_SIZES, Limits, measure_fused, measure_kernels
-from nanovllm.bench.profile import where_time_goes
+from nanovllm.bench.profile import DecodeStep, attention_by_batch, by_kind, kernels_of, where_time_goes
 from nanovllm.bench.report import Report, gpu_record
 from nanovllm.bench.serving import measure_serving
 from nanovllm.bench.steps import decoding, random_prompt
@@ -101,6 +101,8 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
             report.add(record("start-up", llm, started, "s"))
         if llm.engine.model_runner.graphs is not None:
             measure_shared(report, llm, name)
+        if not name and llm.engine.model_runner.graphs is not None:
+            measure_where_its_time_goes(report, llm, limits)
         measure_decode_steps(report, llm, size, name, limits)
         measure_prefills(report, llm, size, name, limits)
         if not name:
@@ -160,6 +162,23 @@ def shared_record(name: str, llm: LLM, seconds: list[float]) -> dict[str, Any]:
     """The best of some runs of it."""
     rate = sum(shared_workload()[1]) / min(seconds)
     return record(name, llm, rate, "output tokens/s") | {"seconds": [round(s, 2) for s in seconds]}
+
+
+def measure_where_its_time_goes(report: Report, llm: LLM, limits: Limits) -> None:
+    """The kernels of a whole run of the shared benchmark, by kind, and attention in its decode steps beside the floor."""
+    report.progress("where the shared benchmark's time goes")
+    with llm.trace() as trace:
+        kernels = kernels_of(lambda: shared_seconds(llm))
+    steps: list[DecodeStep | None] = []
+    for rows in (step.scheduled for step in trace.steps if step.scheduled_rows):
+        num_tokens = sum(row.num_computed_tokens + row.num_new_tokens for row in rows)
+        decode = DecodeStep(len(rows), 1000 * num_tokens * token_bytes(llm) / limits.bandwidth)
+        steps.append(decode if all(row.num_new_tokens == 1 for row in rows) else None)
+    num_layers = sum(isinstance(module, Attention) for module in llm.engine.model_runner.model.modules())
+    kinds = {kind: round(ms, 1) for kind, ms in by_kind(kernels).items()}
+    about = {"steps": len(steps), "kernels": len(kernels), "by_kind_ms": kinds}
+    about |= {"attention": attention_by_batch(kernels, steps, num_layers)}
+    report.add(record("kernels of the shared workload", llm, sum(kinds.values()), "ms") | about)
 
 
 def measure_decode_steps(
