@@ -595,7 +595,7 @@ def execute(client, code: str) -> dict:
     return client.execute_interactive(code, timeout=60, output_hook=lambda message: None)["content"]
 
 
-def torchrun(script, host: int = 0) -> list[subprocess.Popen]:
+def torchrun(script, host: int = 0, **environment: str) -> list[subprocess.Popen]:
     """Two hosts as far as torchrun knows, one rank each, with a GPU of its own if there are two.
 
     One has the store over which the two torchruns talk: when it has ended, the other does not wait for it any more.
@@ -605,7 +605,8 @@ def torchrun(script, host: int = 0) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | environment
+    environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [*command, f"--rdzv-conf=is_host={int(node == host)}", str(script)],
@@ -618,9 +619,9 @@ def torchrun(script, host: int = 0) -> list[subprocess.Popen]:
     ]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_two_torchrun_nodes(model_path, tmp_path, device):
-    """The first is where the script goes on."""
+@pytest.mark.parametrize(("device", "shares_its_store"), [("cpu", 1), ("cpu", 0), ("cuda", 1)])
+def test_two_torchrun_nodes(model_path, tmp_path, device, shares_its_store):
+    """The first is where the script goes on. That of PyTorch 2.4 never shares its store."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     settings = dict(num_kv_blocks=64, device=device, dtype="float32")
@@ -637,7 +638,7 @@ def test_two_torchrun_nodes(model_path, tmp_path, device):
             except RuntimeError as error:
                 print(error)
             """))
-    nodes = torchrun(script)
+    nodes = torchrun(script, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(1 - shares_its_store))
     try:
         outputs = [node.communicate(timeout=90) for node in nodes]
     finally:
@@ -707,7 +708,7 @@ class Store(dict):
 
 def test_strangers_who_call_are_not_ranks(monkeypatch):
     store = Store()
-    monkeypatch.setattr("nanovllm.engine.torchrun.torchrun_store", lambda: store)
+    monkeypatch.setattr("nanovllm.engine.torchrun.torchrun_store", lambda is_first=False: store)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     accepted = []
     accepting = threading.Thread(target=lambda: accepted.extend(accept(4)), daemon=True)
@@ -732,7 +733,7 @@ def test_ranks_wait_an_hour_for_the_first(monkeypatch):
     server = TCPStore("127.0.0.1", 0, is_master=True)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
-    assert torchrun_store().underlying_store.timeout == timedelta(hours=1)
+    assert torchrun_store.__wrapped__().underlying_store.timeout == timedelta(hours=1)
 
 
 WAITS = """

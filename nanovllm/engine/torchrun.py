@@ -8,6 +8,7 @@ import os
 import secrets
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 
@@ -21,16 +22,18 @@ def is_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def torchrun_store() -> dist.Store:
-    """Where the processes leave word for each other."""
+@cache  # who keeps it keeps it open
+def torchrun_store(is_first: bool = False) -> dist.Store:
+    """Where the processes leave word for each other. torchrun keeps it, or else, as with PyTorch 2.4, the first of them."""
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    store = dist.TCPStore(*address, is_master=False, timeout=WAIT)
+    keeps = is_first and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+    store = dist.TCPStore(*address, is_master=keeps, wait_for_workers=False, timeout=WAIT)
     return dist.PrefixStore(f"nanovllm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def accept(size: int) -> list[Connection]:
     """The first process's connections to ranks 1 to `size - 1`, which are told where to call."""
-    store, key = torchrun_store(), secrets.token_bytes(32)
+    store, key = torchrun_store(is_first=True), secrets.token_bytes(32)
     if store.add("engines", 1) > 1:
         raise RuntimeError("under torchrun a script makes one LLM: the other ranks ended with the first")
     by_rank: dict[int, Connection] = {}

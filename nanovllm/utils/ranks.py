@@ -51,7 +51,8 @@ class Ranks:
         if self.size == 1:
             return x
         self.traffic["all_gather"].count(x)
-        parts = [torch.empty_like(x) for _ in range(self.size)]
+        with torch.inference_mode(False):  # gloo fills them in a thread of its own, which PyTorch 2.4 would forbid
+            parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
 
