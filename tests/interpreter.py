@@ -3,11 +3,14 @@
 Where it is off, they can be compiled, for GPUs that are not here.
 """
 
+import inspect
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+import pytest
 
 IS_ON = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -36,6 +39,8 @@ def shared_memory_of(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if "constexprs" not in inspect.signature(ASTSource).parameters:
+        pytest.skip("the compiler of this Triton is called otherwise")
     names = kernel.arg_names
     types = types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(

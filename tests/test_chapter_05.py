@@ -98,6 +98,7 @@ def test_a_tape_replays_views_and_work_in_place():
         assert torch.equal(best.indices, expected_best.indices)
 
 
+@pytest.mark.usefixtures("tapes")
 def test_the_engine_captures_and_replays_tapes():
     """One token is as much context as the padding has, so the CPU's attention, which asks for it, is right, too."""
     settings = dict(num_kv_blocks=16, max_num_batched_tokens=8, max_num_seqs=2, device="cpu")

@@ -129,6 +129,7 @@ def test_a_gpu_records_afresh(monkeypatch):
     assert record.recording("05_decode_step") == {"fresh": True}
 
 
+@pytest.mark.usefixtures("tapes")
 def test_the_recorder_runs_through_on_a_tape(tmp_path, monkeypatch):
     """The real one but for the GPU: a tiny model, tapes in the place of CUDA graphs, no profiler."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
