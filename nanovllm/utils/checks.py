@@ -23,7 +23,8 @@ FLOAT32_MAX = 3.4028234663852886e38  # settings become float32 on the device; wh
 def check_int(name: str, value: Any, at_least: int = 0, at_most: int = sys.maxsize, hint: str = "") -> int:
     """`value` as an int between `at_least` and `at_most`, both included; `hint` ends the message of the error."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        is_bool = type(value).__name__ in ("bool", "bool_")  # numpy's, too, which numpy 1 has an index for
+        number = None if is_bool else operator.index(value)
     except TypeError:
         number = None
     if number is None:
