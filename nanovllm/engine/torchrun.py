@@ -22,7 +22,7 @@ def is_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-@cache  # who keeps it keeps it open
+@cache  # the first process keeps it open as long as it lives
 def torchrun_store(is_first: bool = False) -> dist.Store:
     """Where the processes leave word for each other. torchrun keeps it, or else, as with PyTorch 2.4, the first of them."""
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
