@@ -101,8 +101,8 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
             report.add(record("start-up", llm, started, "s"))
         if llm.engine.model_runner.graphs is not None:
             measure_shared(report, llm, name)
-        if not name and llm.engine.model_runner.graphs is not None:
-            measure_where_its_time_goes(report, llm, limits)
+            if not name:
+                measure_shared_kernels(report, llm, limits)
         measure_decode_steps(report, llm, size, name, limits)
         measure_prefills(report, llm, size, name, limits)
         if not name:
@@ -164,7 +164,7 @@ def shared_record(name: str, llm: LLM, seconds: list[float]) -> dict[str, Any]:
     return record(name, llm, rate, "output tokens/s") | {"seconds": [round(s, 2) for s in seconds]}
 
 
-def measure_where_its_time_goes(report: Report, llm: LLM, limits: Limits) -> None:
+def measure_shared_kernels(report: Report, llm: LLM, limits: Limits) -> None:
     """The kernels of a whole run of the shared benchmark, by kind, and attention in its decode steps beside the floor."""
     report.progress("where the shared benchmark's time goes")
     with llm.trace() as trace:
