@@ -156,8 +156,8 @@ FAULTS = [
         "mask-one-ahead",
         "in a chunk that follows cached tokens, each token also sees the one after it",
         "kernels/torch_attention.py",
-        "mask.triu_(num_visible - query_len + 1)",
-        "mask.triu_(num_visible - query_len + 2)",
+        "triu_(num_visible - n + 1)",
+        "triu_(num_visible - n + 2)",
     ),
     Fault(
         "chunk-positions-from-zero",
