@@ -99,7 +99,7 @@ def made_up() -> dict:
         "about": record.about("05"),
         "timelines": {f"{name}, batch {n}": run for n in (1, 256) for name in ("eager", "graph")},
         "seconds": {"eager": {"1": 0.03, "256": 0.04, "prefill": 0.03}, "graph": {"1": 0.002, "256": 0.015}},
-        "graphs": {"count": 102, "bytes": 671_000_000, "seconds": 10.0},
+        "graphs": {"count": 102, "pieces": 928, "bytes": 671_000_000, "seconds": 10.0},
     }
 
 
@@ -156,7 +156,7 @@ def test_the_recorder_runs_through_on_a_tape(tmp_path, monkeypatch):
     assert made["seconds"]["eager"].keys() == {"1", "2"} and made["seconds"]["graph"].keys() == {"1", "2"}
     assert made["graphs"]["count"] == 7 + 3 and made["graphs"]["seconds"] > 0
     assert json.loads(record.write("05_decode_step", made).read_text()) == made
-    assert "10 graphs" in "\n".join(chapter_05.lines_of(made))
+    assert "10 graphs and 0 pieces" in "\n".join(chapter_05.lines_of(made))
 
 
 def test_a_benchmark_is_a_recording(tmp_path, monkeypatch):
@@ -193,7 +193,7 @@ def test_a_recording_is_shown(capsys):
     chapter_05.show_recording(made_up())
     said = capsys.readouterr().out
     assert "batch 256: eager  40.00 ms, graph  15.00 ms, 2.7 times" in said
-    assert "102 graphs: 671 MB, captured in 10.0 s" in said and "% of the step" in said
+    assert "102 graphs and 928 pieces: 671 MB, captured in 10.0 s" in said and "% of the step" in said
     assert "commit" in said and "Look for" in said
 
 

@@ -267,8 +267,8 @@ def lines_of(recording: dict[str, Any]) -> Iterator[str]:
         kind, n = name.split(", batch ")
         computing = Launches.from_dict(run).computing
         yield f"{name}: its kernels take {1000 * computing:.2f} ms, {computing / seconds[kind][n]:.0%} of the step"
-    pieces = f" and {graphs['pieces']:,} pieces" if "pieces" in graphs else ""  # the first recordings have none
-    yield f"{graphs['count']} graphs{pieces}: {graphs['bytes'] / 1e6:.0f} MB, captured in {graphs['seconds']:.1f} s"
+    number = f"{graphs['count']} graphs and {graphs['pieces']:,} pieces"
+    yield f"{number}: {graphs['bytes'] / 1e6:.0f} MB, captured in {graphs['seconds']:.1f} s"
     yield "recorded: " + ", ".join(f"{name} {value}" for name, value in recording["about"].items())
 
 

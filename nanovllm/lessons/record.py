@@ -62,9 +62,9 @@ def decode_step() -> Recording:
         if name == "graph":
             graphs = llm.engine.model_runner.graphs
             assert graphs is not None, "this GPU's engine has no CUDA graphs: its attention is not Triton's"
-            count = len(graphs.graphs) + len(graphs.sample_graphs)
             recording["graphs"] = {
-                "count": count,
+                "count": len(graphs.graphs) + len(graphs.sample_graphs),
+                "pieces": sum(map(len, graphs.large.pieces.values())),
                 "bytes": llm.engine.model_runner.memory.graphs,
                 "seconds": round(capture["seconds"], 2),
             }
