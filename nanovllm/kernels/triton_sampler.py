@@ -62,15 +62,15 @@ def hit(weights, dart):
 
 @triton.jit
 def weigh_kernel(logits, temperature, best, weights, row_stride, vocab_size, PIECE: tl.constexpr):
-    """One program a row and a piece of it: the best logit, and the weight of all relative to it, NaN if one is broken."""
+    """One program a row and a piece of it: the best logit, and the weight of all relative to it."""
     row, piece = tl.program_id(0), tl.program_id(1)
     x = read(logits, row, piece, row_stride, vocab_size, PIECE)
     highest = tl.max(x)
-    is_broken = tl.max(((x != x) | (x == float("inf"))).to(tl.int32)) > 0
-    total = tl.sum(weigh(x, tl.maximum(highest, -1e30), tl.load(temperature + row)))  # of nothing but -inf it is 0
+    # Of nothing but -inf the weight is 0; one NaN, or inf - inf, makes it NaN.
+    total = tl.sum(weigh(x, tl.maximum(highest, -1e30), tl.load(temperature + row)))
     at = row * tl.num_programs(1) + piece
     tl.store(best + at, highest)
-    tl.store(weights + at, tl.where(is_broken, float("nan"), total))
+    tl.store(weights + at, total)
 
 
 @triton.jit
