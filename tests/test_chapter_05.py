@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanovllm import SamplingParams
-from nanovllm.engine.buckets import BUCKETS, bucket_of
+from nanovllm.engine.buckets import BUCKETS, bucket_of, large_buckets_up_to
 from nanovllm.lessons import chapter_05
 from nanovllm.lessons.chapter_05 import (
     Recorder,
@@ -224,12 +224,13 @@ def test_the_solution_of_exercise_4_is_fast_enough_for_the_benchmark():
 # -- Figures in the text -----------------------------------------------------------------------------------------------
 
 DERIVED = {
-    "49": "17.58 ms / 361 launches",
+    "58": "21.03 ms / 361 launches",
     "13": "1 · 12 + 1 rows of padding",
     "27": "tokens of the prompts A and B, chapter 00",
     "67": "len(BUCKETS)",
     "35": "len(buckets_up_to(256))",
-    "2850": "327 MB / 114,688 bytes",
+    "6670": "765 MB / 114,688 bytes",
+    "928": "32 sizes of 29 pieces",
     "114688": "chapter 00",
     "10": "CUDA's version",
     "5000": "any large number",
@@ -249,7 +250,8 @@ def test_the_numbers_of_the_prose_are_seen():
 
 
 def test_derived_numbers():
-    assert round(17.58 / 361 * 1000) == 49 and len(BUCKETS) == 67 and round(327e6 / 114_688, -1) == 2850
+    assert round(21.03 / 361 * 1000) == 58 and len(BUCKETS) == 67 and round(765e6 / 114_688, -1) == 6670
+    assert len(large_buckets_up_to(16_384)) * 29 == 32 * 29 == 928
     bench = {r["measurement"]: r for r in json.loads((RECORDINGS / "07_benchmark.json").read_text())["records"]}
     for n, eager, pieces, kernels in ((1, 15.32, 3.99, 2.89), (8, 20.27, 19.56, 16.4)):
         prefill = bench[f"prefill, {n} x 1024 tokens"]
