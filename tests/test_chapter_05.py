@@ -257,8 +257,7 @@ def test_derived_numbers():
         prefill = bench[f"prefill, {n} x 1024 tokens"]
         assert bench[f"prefill, eager, {n} x 1024 tokens"]["milliseconds"] == eager
         assert prefill["milliseconds"] == pieces and abs(prefill["kernels_ms"] - kernels) < 0.05
-    decode = bench["decode step, batch 256"]
-    assert (round(decode["value"], 2), decode["kernels_ms"]) == (9.94, 8.703)
+    assert bench["decode step, eager, batch 1"]["value"] == pytest.approx(17.1, abs=0.05)
     step = json.loads((RECORDINGS / "05_decode_step.json").read_text())
     one, many = (step["timelines"][f"eager, batch {n}"] for n in (1, 256))
     kernels = Counter(one["names"][kernel[0]] for kernel in one["kernels"])
