@@ -137,7 +137,8 @@ def test_a_mixed_batch(heads, block_size, dtype, backend, device):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
 def test_large_heads(head_dim, dtype, backend, device):
-    check_attention([1, 1, 20], [1, 50, 40], dtype, 256, 4, 2, head_dim, backend=backend, device=device)
+    context_lens = [1, 50, 700, 40]  # 700: split, where a backend splits
+    check_attention([1, 1, 1, 20], context_lens, dtype, 256, 4, 2, head_dim, backend=backend, device=device)
 
 
 @on_every_backend

@@ -196,6 +196,18 @@ def test_sides_take_turns():
     assert calls == ["a", "b"] * 4  # one to warm up
 
 
+def test_what_does_not_fit_into_the_cache_is_left_out(model_path, capsys):
+    """A batch too large would be preempted for ever, and never decode side by side."""
+    llm = LLM(model_path, dtype="float32", device="cpu", num_kv_blocks=20)
+    assert steps.that_fit(Report(), llm, (1, 2, 8), 64) == [1, 2]  # eight blocks each, with what is to come
+    assert "left out, for the KV cache is too small: batch [8], 64 tokens each" in "".join(capsys.readouterr())
+    with steps.decoding(llm, 2, 64, random.Random(0)):
+        assert len(llm.engine.scheduler.running) == 2
+    with pytest.raises(ValueError, match="the KV cache holds no 8 sequences of 64 tokens"):
+        with steps.decoding(llm, 8, 64, random.Random(0)):
+            pass
+
+
 def test_no_part_of_a_step_is_counted_twice(model_path, monkeypatch):
     llm = LLM(model_path, device="cpu", num_kv_blocks=32)
     running = []

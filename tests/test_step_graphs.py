@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import buckets, cuda_graphs
+from nanovllm.engine import buckets, cuda_graphs, model_runner
 from nanovllm.engine.buckets import BUCKETS, bucket_of
 from nanovllm.engine.overlap import Overlap
 from nanovllm.engine.step_inputs import IN_FLIGHT
@@ -130,6 +130,25 @@ def test_a_large_step(request, replaying, model_path, in_pieces, overlaps):
     llm.engine.model_runner.run = watched
     assert [a["token_ids"] for a in llm.generate(prompts, GREEDY, use_tqdm=False)] == expected
     assert in_flight == ([0, 1, 2] if overlaps else [0, 0, 0])
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_chunk_behind_a_long_context_takes_no_graph(replaying, model_path, monkeypatch, overlaps):
+    """There each of its tokens would read the whole context by itself. Decodes do not mind: theirs are read once."""
+    monkeypatch.setattr(model_runner, "MOST_READ_AGAIN", 1000)
+    plain = LLM(model_path, dtype="float32", device="cpu")
+    expected = [a["token_ids"] for a in plain.generate(PROMPTS, GREEDY, use_tqdm=False)]
+    llm = replaying(overlaps, max_num_batched_tokens=24)
+    run, read_again = llm.engine.model_runner.run, {True: [], False: []}
+
+    def watched(inputs):
+        launched = run(inputs)
+        read_again[launched.graph is None].append(sum((inputs.num_new - 1) * inputs.context_lens))
+        return launched
+
+    llm.engine.model_runner.run = watched
+    assert [a["token_ids"] for a in llm.generate(PROMPTS, GREEDY, use_tqdm=False)] == expected
+    assert max(read_again[False]) <= 1000 < min(read_again[True])
 
 
 LONG = [[i % 250 for i in range(start, start + n)] for start, n in ((0, 600), (0, 530), (3, 255), (8, 1), (9, 300))]

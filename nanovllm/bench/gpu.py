@@ -24,7 +24,7 @@ from nanovllm.bench.kernels import BLOCK_SIZES, Limits, measure_fused, measure_k
 from nanovllm.bench.profile import DecodeStep, attention_by_batch, by_kind, kernels_of, where_time_goes
 from nanovllm.bench.report import Report, gpu_record
 from nanovllm.bench.serving import measure_serving
-from nanovllm.bench.steps import decoding, random_prompt
+from nanovllm.bench.steps import decoding, random_prompt, that_fit
 from nanovllm.bench.timing import seconds_on_gpu, watch_others
 from nanovllm.engine.model_runner import dtype_name, resolve_dtype
 from nanovllm.kernels import get_backend
@@ -186,7 +186,7 @@ def measure_decode_steps(
 ) -> None:
     """Decode steps of several batch sizes, in milliseconds and over their floors."""
     generator = random.Random(0)
-    for n in size.gpu_batch_sizes:
+    for n in that_fit(report, llm, size.gpu_batch_sizes, context_len):
         report.progress(f"decode step{name}, batch {n}")
         with watch_others() as load, decoding(llm, n, context_len, generator):
             milliseconds = 1000 * step_seconds(llm, size.step_rounds)

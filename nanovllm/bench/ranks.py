@@ -22,7 +22,7 @@ from nanovllm.bench.gpu import (
     warm_median,
 )
 from nanovllm.bench.report import Report
-from nanovllm.bench.steps import decoding
+from nanovllm.bench.steps import decoding, that_fit
 
 # The sizes of two models, as their config.json has them.
 MODELS = {
@@ -70,7 +70,7 @@ def measure_engine(report: Report, llm: LLM, name: str) -> None:
     Who else uses the machine is not told: ranks are other programs.
     """
     generator = random.Random(0)
-    for n in BATCH_SIZES:
+    for n in that_fit(report, llm, BATCH_SIZES, CONTEXT_LEN):
         report.progress(f"{name}: decode step, batch {n}")
         with decoding(llm, n, CONTEXT_LEN, generator):
             milliseconds = 1000 * step_seconds(llm, ROUNDS)

@@ -8,7 +8,7 @@ packed weights, make up for it.
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 # What to reach, as speed over the floor.
 DECODE_BARS = {"float32": {1: 1.0, 4: 1.0, 16: 1.0, 32: 1.0}, "bfloat16": {1: 0.8, 4: 0.8, 16: 0.8, 32: 0.75}}
 PREFILL_BARS = {"float32": 0.9, "bfloat16": 0.55}
+
+
+# That each sequence may get while others' prompts are computed and steps are measured.
+MORE_TOKENS = 64
 
 
 class Floor:
@@ -68,7 +72,7 @@ def measure_steps(report: Report, path: Path, load_format: str, dtype: str, size
     floor = Floor(llm.engine.model_runner.model)
     generator = random.Random(0)
 
-    for n in size.batch_sizes:
+    for n in that_fit(report, llm, size.batch_sizes, size.context_len):
         report.progress(f"{dtype}: decode step, batch {n}")
         with watch_others() as load, decoding(llm, n, size.context_len, generator):
             best = best_of({"engine": llm.step} | floor.sides(n, n), size.step_rounds)
@@ -82,6 +86,8 @@ def measure_steps(report: Report, path: Path, load_format: str, dtype: str, size
 
     del floor
     for n, context_len in size.profiled:
+        if not that_fit(report, llm, [n], context_len):
+            continue
         name = f"attention in a decode step, batch {n}, context {context_len}"
         report.progress(f"{dtype}: {name}")
         with watch_others() as load, decoding(llm, n, context_len, generator), stopwatch(parts_of(llm)) as seconds:
@@ -109,8 +115,11 @@ def milliseconds(seconds: dict[str, float]) -> dict[str, float]:
 def decoding(llm: LLM, num_seqs: int, context_len: int, generator: random.Random) -> Iterator[None]:
     """In a `with` block, every step decodes one token of each of `num_seqs` sequences.
 
-    They have `context_len` tokens of context in the first step, and one more in each that follows.
+    They have `context_len` tokens of context in the first step, and one more in each that follows. ValueError if the KV
+    cache cannot hold them all: they would never run side by side.
     """
+    if not fit(llm, num_seqs, context_len):
+        raise ValueError(f"the KV cache holds no {num_seqs} sequences of {context_len} tokens; raise kv_cache_memory")
     params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
     ids = [llm.add_request(random_prompt(llm, context_len - 1, generator), params) for _ in range(num_seqs)]
     scheduler = llm.engine.scheduler
@@ -119,6 +128,20 @@ def decoding(llm: LLM, num_seqs: int, context_len: int, generator: random.Random
     yield
     for request_id in ids:
         llm.abort(request_id)
+
+
+def fit(llm: LLM, num_seqs: int, context_len: int) -> bool:
+    """Whether the KV cache holds so many sequences of so many tokens, and of some more for the steps that are measured."""
+    blocks = llm.engine.block_manager
+    return num_seqs * blocks.num_blocks_for(context_len + MORE_TOKENS) <= blocks.num_blocks
+
+
+def that_fit(report: Report, llm: LLM, batch_sizes: Iterable[int], context_len: int) -> list[int]:
+    """The batch sizes that the KV cache has room for; of the others it is told that they are left out."""
+    fitting = [n for n in batch_sizes if fit(llm, n, context_len)]
+    if left_out := [n for n in batch_sizes if n not in fitting]:
+        report.progress(f"left out, for the KV cache is too small: batch {left_out}, {context_len} tokens each")
+    return fitting
 
 
 def prefill(llm: LLM, num_tokens: int, generator: random.Random) -> None:

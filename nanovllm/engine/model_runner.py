@@ -16,8 +16,8 @@ import torch
 from transformers import PretrainedConfig
 
 from nanovllm.config import Config
-from nanovllm.engine.buckets import bucket_of, large_buckets_up_to
-from nanovllm.engine.cuda_graphs import StepGraphs, copied, memory_of_graphs
+from nanovllm.engine.buckets import BUCKETS, bucket_of, large_buckets_up_to
+from nanovllm.engine.cuda_graphs import MOST_READ_AGAIN, StepGraphs, copied, memory_of_graphs
 from nanovllm.engine.kv_cache import MemoryUse, block_bytes, free_memory, size_kv_cache
 from nanovllm.engine.launched_step import LaunchedStep, Likeliest
 from nanovllm.engine.scheduler import Batch
@@ -207,6 +207,8 @@ class ModelRunner:
         self.update_tables(inputs)
         num_tokens = len(inputs.input_ids)
         bucket = None if self.graphs is None else bucket_of(num_tokens)
+        if bucket in BUCKETS and ((inputs.num_new - 1) * inputs.context_lens).sum() > MOST_READ_AGAIN:
+            bucket = None  # a chunk behind a long context: its tokens had better share what they read
         rows = inputs.rows[inputs.owner]  # [num_tokens]
         if self.graphs is None or bucket is None:
             context = self.prepare(inputs)

@@ -28,7 +28,7 @@ from nanovllm.bench import Size
 from nanovllm.bench.gpu import SETTINGS, measure_gpu, qwen3_folder
 from nanovllm.bench.ranks import measure_ranks
 from nanovllm.bench.report import Report, environment, git_commit
-from nanovllm.bench.steps import decoding
+from nanovllm.bench.steps import decoding, that_fit
 from nanovllm.lessons.launches import Launches, from_profiler
 from nanovllm.lessons.series import NOTEBOOKS
 
@@ -54,7 +54,7 @@ def decode_step() -> Recording:
             llm = LLM(path, load_format="dummy", **SETTINGS | settings)
         generator = random.Random(0)
         recording["seconds"][name] = seconds = {}
-        for n in BATCH_SIZES:
+        for n in that_fit(Report(), llm, BATCH_SIZES, CONTEXT_LEN):
             with decoding(llm, n, CONTEXT_LEN, generator):
                 seconds[str(n)] = round(fastest_seconds(llm.step), 6)
                 if n in DRAWN:
