@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 DECODE_BARS = {"float32": {1: 1.0, 4: 1.0, 16: 1.0, 32: 1.0}, "bfloat16": {1: 0.8, 4: 0.8, 16: 0.8, 32: 0.75}}
 PREFILL_BARS = {"float32": 0.9, "bfloat16": 0.55}
 
-
-# That each sequence may get while others' prompts are computed and steps are measured.
+# Tokens that each sequence may get while others' prompts are computed and steps are measured.
 MORE_TOKENS = 64
 
 

@@ -46,21 +46,21 @@ class DecodeGroup:
 
 
 @dataclass(slots=True)
-class Prefill:
-    """A sequence with several new tokens, which attend in pieces."""
-
-    rows: slice  # the new tokens in the batch
-    slots: torch.Tensor  # [context_len]: where K/V lie in the cache
-    pieces: list["Piece"]
-
-
-@dataclass(slots=True)
 class Piece:
     """Some of a sequence's new tokens, n of them, the last of which sees the first V tokens of its context."""
 
     rows: slice  # among the new tokens
     num_visible: int  # V
     mask: torch.Tensor | None  # [n, V]: what each may see; None if there is nothing before the first
+
+
+@dataclass(slots=True)
+class Prefill:
+    """A sequence with several new tokens, which attend in pieces."""
+
+    rows: slice  # the new tokens in the batch
+    slots: torch.Tensor  # [context_len]: where K/V lie in the cache
+    pieces: list[Piece]
 
 
 @dataclass(slots=True)
