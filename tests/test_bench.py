@@ -373,6 +373,8 @@ def test_every_part_is_measured_on_a_gpu(model_path, monkeypatch):
     measured = [record["measurement"] for record in report.records]
     has_flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.get_device_capability() >= (8, 0)
     num_engines = 4 if has_flash else 3
+    start_ups = [record for record in report.records if record["measurement"].startswith("start-up")]
+    assert [record["whole_process_s"] > record["value"] > record["graphs_s"] > 0 for record in start_ups] == [True] * 2
     assert sum("decode step" in name for name in measured) == 2 * num_engines
     assert sum("prefill" in name and "tokens" in name for name in measured) == 2 * num_engines + 1
     assert sum("shared benchmark" in name for name in measured) == 2 * (num_engines - 2)  # not of those without graphs

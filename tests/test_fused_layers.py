@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from nanovllm.bench.kernels import small_operations
+from nanovllm.kernels import fused_layers
+from nanovllm.kernels.check import check_small_kernels
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import norm_and_rotate, rotate
@@ -114,6 +116,41 @@ def test_the_benchmark_sets_the_same_operations_beside_ours(dtype):
         check(operation.ours(*inputs), operation.plain(*copies).cpu())
         for tensor, copy in zip(inputs, copies):
             check(tensor, copy.cpu())  # the sum, which both leave in the residual stream
+
+
+@somewhere
+@every_dtype
+def test_the_kernels_pass_their_check(dtype):
+    check_small_kernels(triton_layers, triton_sampler, dtype, DEVICE)
+
+
+@somewhere
+@pytest.mark.parametrize(
+    "kernel, name",
+    [("rms_norm", "rms_norm"), ("rotate", "rotate"), ("silu_and_mul", "silu_and_mul"), ("sample", "the sampler")],
+)
+def test_a_kernel_that_is_wrong_does_not_pass(monkeypatch, kernel, name):
+    module = triton_sampler if kernel == "sample" else triton_layers
+    right = getattr(module, kernel)
+    monkeypatch.setattr(module, kernel, lambda *args: right(*args) + 1)
+    with pytest.raises(RuntimeError, match=f"^{name} "):
+        check_small_kernels(triton_layers, triton_sampler, torch.float32, DEVICE)
+
+
+def test_kernels_that_are_wrong_or_do_not_run_are_done_without(monkeypatch, caplog):
+    """Whatever Triton raises: the plain layers do the same, and a warning says so."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    tried = []
+
+    def fail(layers, sampler, dtype, device):
+        tried.append(dtype)
+        if dtype == torch.float16:
+            raise ValueError("no such instruction")
+
+    monkeypatch.setattr("nanovllm.kernels.check.check_small_kernels", fail)
+    assert fused_layers.__wrapped__() is None
+    assert tried == [torch.float32, torch.float16], "bfloat16 only where there is some"
+    assert "take PyTorch's kernels: no such instruction" in caplog.text
 
 
 @pytest.mark.skipif(interpreter.IS_ON, reason="the interpreter does not compile")

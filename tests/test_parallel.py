@@ -139,6 +139,20 @@ def test_refused_before_any_process_starts(model_path, monkeypatch):
         LLM(model_path, tensor_parallel_size=2, device="cuda:1")
 
 
+def test_torchrun_and_the_size_must_agree(model_path, monkeypatch, caplog):
+    """An engine of its own in each process may be what somebody wants; but then it is better said."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="torchrun has started 2 processes, but tensor_parallel_size is 4"):
+        LLM(model_path, tensor_parallel_size=4)
+    LLM(model_path, device="cpu", num_kv_blocks=8)
+    assert "2 processes, but tensor_parallel_size is 1: each makes an engine of its own" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    LLM(model_path, device="cpu", num_kv_blocks=8)
+    assert not caplog.messages
+
+
 # -- The same answers --------------------------------------------------------------------------------------------------
 
 
@@ -769,7 +783,7 @@ def test_the_memory_of_each_rank_is_logged(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(ParallelRunner, "receive", lambda self: ready)
     with caplog.at_level("INFO", "nanovllm"):
         ParallelRunner(Config(device="cuda", tensor_parallel_size=2), tmp_path)
-    no_more = "step 0 MB, graphs 0 MB, kv cache 0 MB"
+    no_more = "step 0 MB, graphs 0 MB, reserved 0 MB, kv cache 0 MB"
     assert caplog.messages == [
         f"rank 0 of 2, on a GPU: memory: weights 1 MB, {no_more}",
         f"rank 1 of 2, on a GPU: memory: weights 2 MB, {no_more}",

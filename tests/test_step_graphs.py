@@ -40,10 +40,10 @@ def replaying(model_path, monkeypatch):
     """Makes engines on a CPU whose steps go through `StepGraphs`, greedily."""
 
     @torch.inference_mode()
-    def capture(self, device):
-        for bucket in self.large.buckets:
+    def capture(self, device, is_trial):
+        for bucket in self.piecewise.buckets:
             self.inputs[2 * bucket : 3 * bucket] = self.padding_row
-            self.large.capture(bucket, stream=None)
+            self.piecewise.capture(bucket, stream=None)
         for buckets, graphs, run in (
             (self.buckets, self.graphs, cuda_graphs.StepGraphs.run_model),
             (self.sample_buckets, self.sample_graphs, cuda_graphs.StepGraphs.run_sampler),
@@ -64,7 +64,7 @@ def replaying(model_path, monkeypatch):
     def make(overlaps: bool, **settings) -> LLM:
         llm = LLM(model_path, dtype="float32", device="cpu", **settings)
         runner = llm.engine.model_runner
-        runner.graphs = runner.capture_graphs(llm.engine.config, SimpleNamespace(hidden_size=64))
+        runner.graphs = runner.capture_graphs(llm.engine.config, runner.block_tables.shape[1])
         llm.engine.overlap = Overlap(llm.engine) if overlaps else None
         return llm
 
@@ -104,8 +104,8 @@ def test_sequences_that_grow_as_long_as_they_may(replaying, model_path, overlaps
 @pytest.fixture
 def no_pieces(monkeypatch):
     """Steps of more than 512 tokens run eagerly, as those of more than 8,192 do: so many are slow to test on a CPU."""
-    monkeypatch.setattr(buckets, "ALL_BUCKETS", BUCKETS)
-    monkeypatch.setattr(cuda_graphs, "large_buckets_up_to", lambda most: [])
+    monkeypatch.setattr(buckets, "PIECEWISE_BUCKETS", [0])
+    monkeypatch.setattr(cuda_graphs, "piecewise_buckets_up_to", lambda most, longest: [])
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -133,22 +133,26 @@ def test_a_large_step(request, replaying, model_path, in_pieces, overlaps):
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_a_chunk_behind_a_long_context_takes_no_graph(replaying, model_path, monkeypatch, overlaps):
-    """There each of its tokens would read the whole context by itself. Decodes do not mind: theirs are read once."""
-    monkeypatch.setattr(model_runner, "MOST_READ_AGAIN", 1000)
+def test_small_steps_in_pieces(replaying, model_path, monkeypatch, overlaps):
+    """Chunks, here all that are more than a few tokens, beside decodes, whose tokens may be in flight; the rest is as ever."""
+    rule = lambda num_tokens, chunks: sum(n for n, _ in chunks) > 10  # noqa: E731
+    monkeypatch.setattr(buckets, "takes_pieces", rule)
+    monkeypatch.setattr(model_runner, "takes_pieces", rule)
     plain = LLM(model_path, dtype="float32", device="cpu")
     expected = [a["token_ids"] for a in plain.generate(PROMPTS, GREEDY, use_tqdm=False)]
-    llm = replaying(overlaps, max_num_batched_tokens=24)
-    run, read_again = llm.engine.model_runner.run, {True: [], False: []}
+    llm = replaying(overlaps, max_num_batched_tokens=72)
+    run, seen = llm.engine.model_runner.run, set()
 
     def watched(inputs):
-        launched = run(inputs)
-        read_again[launched.graph is None].append(sum((inputs.num_new - 1) * inputs.context_lens))
+        launched, num_tokens = run(inputs), len(inputs.input_ids)
+        in_pieces = rule(num_tokens, [(n, 0) for n in inputs.num_new if n > 1])
+        assert launched.graph["bucket"] == bucket_of(num_tokens, in_pieces)
+        seen.add((in_pieces, len(set(inputs.num_new)) > 1, bool((inputs.input_ids == IN_FLIGHT).any())))
         return launched
 
     llm.engine.model_runner.run = watched
     assert [a["token_ids"] for a in llm.generate(PROMPTS, GREEDY, use_tqdm=False)] == expected
-    assert max(read_again[False]) <= 1000 < min(read_again[True])
+    assert {(True, True, overlaps), (False, False, overlaps)} <= seen
 
 
 LONG = [[i % 250 for i in range(start, start + n)] for start, n in ((0, 600), (0, 530), (3, 255), (8, 1), (9, 300))]
@@ -204,7 +208,7 @@ def test_a_table_is_changed_where_it_has_changed(replaying):
 def test_a_recording_that_fails_is_ended_and_says_why(replaying, monkeypatch):
     """Else its stream would go on recording, and layers would go on not attending; and CUDA complains of the broken end."""
     graphs = replaying(False, num_kv_blocks=60, max_num_batched_tokens=600).engine.model_runner.graphs
-    backends, store = [layer.backend for layer in graphs.large.layers], torch_attention.store
+    backends, store = [layer.backend for layer in graphs.piecewise.layers], torch_attention.store
     monkeypatch.setattr(torch_attention, "store", fails_the_fourth_time(store))  # recording, in the second layer
     ended = []
 
@@ -216,9 +220,9 @@ def test_a_recording_that_fails_is_ended_and_says_why(replaying, monkeypatch):
 
     monkeypatch.setattr(Tape, "capture_end", capture_end)
     with pytest.raises(RuntimeError, match="no memory left"):
-        graphs.large.capture(576, stream=None)
-    assert ended == graphs.large.pieces[576] and len(ended) == 2
-    assert [layer.backend for layer in graphs.large.layers] == backends
+        graphs.piecewise.capture(576, stream=None)
+    assert ended == graphs.piecewise.pieces[576] and len(ended) == 2
+    assert [layer.backend for layer in graphs.piecewise.layers] == backends
 
 
 def fails_the_fourth_time(function):
@@ -236,7 +240,7 @@ def test_closing_lets_go_of_graphs_at_once(replaying):
     """Not when Python next looks for circles: the memory is wanted by the engine that comes after."""
     llm = replaying(False, num_kv_blocks=60, max_num_batched_tokens=600)
     llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)
-    held = weakref.ref(llm.engine.model_runner.graphs), weakref.ref(llm.engine.model_runner.graphs.large)
+    held = weakref.ref(llm.engine.model_runner.graphs), weakref.ref(llm.engine.model_runner.graphs.piecewise)
     with collector_off():
         llm.close()
         assert [ref() for ref in held] == [None, None]
@@ -247,7 +251,10 @@ def test_a_trace_tells_which_graph_was_replayed(replaying):
     with llm.trace() as trace:
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     prefill, decode = trace.steps[:2]
-    assert prefill.num_tokens == 182 and prefill.graph == {"bucket": 184, "padding": 2}  # the rest is shared
+    assert prefill.num_tokens == 182 and prefill.graph == {
+        "bucket": 256,
+        "padding": 74,
+    }  # in pieces; the rest is shared
     assert decode.graph == {"bucket": 8, "padding": 1}
     with llm.trace() as trace:
         llm.generate([[i % 250 for i in range(7, 600)]], GREEDY, use_tqdm=False)

@@ -7,8 +7,11 @@ alone is a little faster, so a step may come out slightly below its floor.)
 """
 
 import json
+import os
 import random
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -81,9 +84,12 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
     hf_config = load_hf_config(path)
     dtype = resolve_dtype("auto", hf_config, torch.device("cuda"))
     limits = measure_limits(report, dtype)
-    measure_kernels(report, limits, QWEN3)
-    measure_fused(report, limits, QWEN3)
+    model = {"head_dim": hf_config.hidden_size // hf_config.num_attention_heads} | hf_config.to_dict()
+    measure_kernels(report, limits, model)
+    measure_fused(report, limits, model)
     common = SETTINGS | {"max_model_len": min(SETTINGS["max_model_len"], hf_config.max_position_embeddings)}
+    torch.cuda.empty_cache()  # for the engines of other processes
+    measure_start_up(report, path, load_format, dtype, common)
     variants: dict[str, dict[str, Any]] = {
         "": {},
         ", eager": {"enforce_eager": True},
@@ -94,11 +100,7 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
         variants[", flash_attn"] = {"attention_backend": "flash_attn", "block_size": block_size}
     for name, settings in variants.items():
         report.progress(f"starting an engine{name}")
-        start = perf_counter()
         llm = LLM(path, load_format=load_format, **common | settings)
-        started = perf_counter() - start
-        if not name:
-            report.add(record("start-up", llm, started, "s"))
         if llm.engine.model_runner.graphs is not None:
             measure_shared(report, llm, name)
             if not name:
@@ -125,6 +127,30 @@ def measure_limits(report: Report, dtype: torch.dtype) -> Limits:
     report.add(gpu_record("copy, read and written", round(bandwidth / 1e9), "GB/s"))
     report.add(gpu_record("matrix product", round(rate / 1e12), "TFLOP/s", dtype))
     return Limits(bandwidth, rate, dtype)
+
+
+def measure_start_up(
+    report: Report, path: Path, load_format: str, dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    """A new engine in a process of its own, where Triton has compiled nothing before, and once more where it has."""
+    program = "import sys; from nanovllm.bench.gpu import start_up; start_up(sys.argv[1])"
+    given = json.dumps({"model": str(path), "load_format": load_format} | settings)
+    with TemporaryDirectory() as empty:
+        for cache in ("cold", "warm"):
+            report.progress(f"start-up with a {cache} cache, in a process of its own")
+            start = perf_counter()
+            command = [sys.executable, "-c", program, given]
+            output = subprocess.check_output(command, env=os.environ | {"TRITON_CACHE_DIR": empty}, text=True)
+            details = json.loads(output.splitlines()[-1]) | {"whole_process_s": round(perf_counter() - start, 1)}
+            report.add(gpu_record(f"start-up, {cache} cache", details.pop("seconds"), "s", dtype) | details)
+
+
+def start_up(given: str) -> None:
+    """Make an engine with some settings, and print how long that took."""
+    start = perf_counter()
+    llm = LLM(**json.loads(given))
+    graphs = llm.engine.model_runner.graphs
+    print(json.dumps({"seconds": perf_counter() - start, "graphs_s": round(graphs.seconds, 1) if graphs else 0}))
 
 
 def measure_shared(report: Report, llm: LLM, name: str) -> None:

@@ -7,12 +7,11 @@ contents of the tensors that were used at capture. So the number of tokens is ro
 
 In a graph each token is a row by itself: it has a block table of its own, that of its sequence, and looks back on all
 positions up to its own. So a graph does not care whose tokens they are: decodes, the chunks of short prompts, or both.
-That works because a layer stores the keys and values of all tokens before any of them attends. (Steps of more than 512
-tokens, in which that would be slow, replay `piecewise_graphs.py`.)
+That works because a layer stores the keys and values of all tokens before any of them attends. (Steps in which it would be
+slow, of more than 512 tokens or behind long contexts, replay `piecewise_graphs.py`.)
 """
 
 import gc
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -22,23 +21,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nanovllm.engine.buckets import bucket_of, buckets_up_to, large_buckets_up_to
+from nanovllm.engine.buckets import bucket_of, buckets_up_to, piecewise_buckets_up_to
 from nanovllm.engine.piecewise_graphs import PiecewiseGraphs
 from nanovllm.utils.context import Context, use_context
 
-logger = logging.getLogger(__name__)
-
-# How many tokens' keys and values a step may read more often than it must: in a graph each token of a chunk reads its
-# whole context by itself. On an H200 with the sizes of Qwen3-0.6B a million take 14 ms, and to launch such a step without
-# a graph some 11.
-MOST_READ_AGAIN = 750_000
-
-# What is reserved for each graph, with a margin: what they take is known only once the KV cache is there. On an H100 102
-# graphs took 327 MB for Qwen3-0.6B and 252 MB for Qwen3-8B, with the memory that they share.
-BYTES_PER_GRAPH = 8 << 20
-
-# For each piece of a large one, beside what a step of its size takes. On an H200 464 pieces more took 0.2 GB more.
-BYTES_PER_PIECE = 1 << 19
+# What CUDA itself keeps of a recording, rounded up: for each layer in one of a whole step, and for each piece. On an H100
+# 48 kB and 130 kB, with the sizes of Qwen3-0.6B.
+BYTES_PER_LAYER = 64 << 10
+BYTES_PER_PIECE = 256 << 10
 
 
 class StepGraphs:
@@ -50,6 +40,7 @@ class StepGraphs:
         max_num_blocks: blocks of the longest sequence there can be.
         max_num_tokens: the token budget of a step.
         max_num_seqs: how many sequences can be sampled in a step.
+        is_trial: record only the largest size of each kind, whose memory all the others of the kind will share.
     """
 
     def __init__(
@@ -64,12 +55,13 @@ class StepGraphs:
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        is_trial: bool = False,
     ) -> None:
         self.model, self.block_size, self.padding_row = model, block_size, num_rows
         self.buckets = buckets_up_to(max_num_tokens)
         self.sample_buckets = buckets_up_to(min(max_num_seqs, self.buckets[-1]))
-        large_buckets = large_buckets_up_to(max_num_tokens)
-        largest, most_sampled = max(self.buckets + large_buckets), self.sample_buckets[-1]
+        in_pieces = piecewise_buckets_up_to(max_num_tokens, longest=max_num_blocks * block_size)
+        largest, most_sampled = max(self.buckets + in_pieces), self.sample_buckets[-1]
 
         # What a step writes: ids, positions and rows of its tokens; of those it samples hidden rows, rows, random bits and
         # temperatures.
@@ -86,24 +78,37 @@ class StepGraphs:
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.sample_graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.large = PiecewiseGraphs(self, large_buckets)
-        self.capture(device)
+        self.piecewise = PiecewiseGraphs(self, in_pieces)
+        self.capture(device, is_trial)
 
     @torch.inference_mode()
-    def capture(self, device: torch.device) -> None:
-        """Record all graphs, the largest first: the smaller ones then find room in its memory."""
+    def capture(self, device: torch.device, is_trial: bool) -> None:
+        """Record the graphs, the largest first: the smaller ones then find room in its memory."""
         gc.collect()  # graphs of an engine that is gone: CUDA does not let them go while it records
         start = perf_counter()
-        todo = [(self.large.capture, bucket) for bucket in reversed(self.large.buckets)]
-        todo += [(self.capture_model, bucket) for bucket in reversed(self.buckets)]
-        todo += [(self.capture_sampler, bucket) for bucket in reversed(self.sample_buckets)]
+        kinds = [
+            (self.piecewise.capture, self.piecewise.buckets),
+            (self.capture_model, self.buckets),
+            (self.capture_sampler, self.sample_buckets),
+        ]
+        most = 1 if is_trial else None
+        todo = [(capture, bucket) for capture, buckets in kinds for bucket in buckets[::-1][:most]]
         with capture_stream(device) as stream:
-            for capture, bucket in tqdm(todo, desc="Capturing CUDA graphs", unit=" graphs", delay=1):
+            for capture, bucket in tqdm(todo, desc="Capturing CUDA graphs", unit=" sizes", delay=1):
                 self.inputs.fill_(0)
                 self.inputs[2 * bucket : 3 * bucket] = self.padding_row  # all is padding: it writes to the dummy block
                 capture(bucket, stream)
         torch.cuda.synchronize(device)
-        logger.info("CUDA graphs for %d sizes captured in %.1f s", len(todo), perf_counter() - start)
+        self.num_sizes, self.seconds = len(todo), perf_counter() - start
+
+    @property
+    def bytes_kept_by_cuda(self) -> int:
+        """What CUDA itself will keep for the graphs of all sizes, beside the memory that they share."""
+        num_layers = len(self.piecewise.layers)
+        num_whole, num_pieces = len(self.buckets) + len(self.sample_buckets), len(self.piecewise.buckets) * (
+            num_layers + 1
+        )
+        return num_whole * num_layers * BYTES_PER_LAYER + num_pieces * BYTES_PER_PIECE
 
     def capture_model(self, bucket: int, stream: torch.cuda.Stream) -> None:
         self.graphs[bucket] = self.record(self.run_model, bucket, stream)
@@ -164,17 +169,18 @@ class StepGraphs:
 
     # -- What a step does ----------------------------------------------------------------------------------------------
 
-    def replay(self, input_ids: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    def replay(self, bucket: int, input_ids: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         """Hidden states of a step's tokens, `[num_tokens, hidden_size]`, valid until the next replay.
 
         `rows` says for each token in which row of the table its sequence's block table stands.
         """
-        self.graphs[self.fill_tokens(input_ids, positions, rows)].replay()
+        self.fill_tokens(bucket, input_ids, positions, rows)
+        self.graphs[bucket].replay()
         return self.hidden_states[: len(input_ids)]
 
-    def fill_tokens(self, input_ids: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> int:
-        """Write a step's tokens where the graphs of their bucket read them; returns the bucket."""
-        return self.fill(self.inputs, np.stack([input_ids, positions, rows]), padding=[0, 0, self.padding_row])
+    def fill_tokens(self, bucket: int, input_ids: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> None:
+        """Write a step's tokens where the graphs of their bucket read them."""
+        self.fill(bucket, self.inputs, np.stack([input_ids, positions, rows]), padding=[0, 0, self.padding_row])
 
     def samples_at_once(self, num_sampled: int) -> bool:
         """Whether there is a graph to sample so many sequences."""
@@ -184,24 +190,21 @@ class StepGraphs:
         self, hidden_states: torch.Tensor, at: np.ndarray, rows: np.ndarray, bits: np.ndarray, temperature: np.ndarray
     ) -> torch.Tensor:
         """Tokens for rows `at` of the hidden states, `[num_sampled]`: a copy, which the next replay does not touch."""
-        num_sampled = len(at)
+        num_sampled, bucket = len(at), bucket_of(len(at))
+        assert bucket is not None  # see `samples_at_once`
         if hidden_states.data_ptr() != self.hidden_states.data_ptr():  # of a step too large for a graph
             self.hidden_states[:num_sampled] = hidden_states[copied(at, hidden_states.device)]
             at = np.arange(num_sampled)
         inputs = np.stack([at, rows, bits, temperature.astype(np.float64).view(np.int64)])
-        bucket = self.fill(self.sample_inputs, inputs, padding=[0, self.padding_row, 0, 0])
+        self.fill(bucket, self.sample_inputs, inputs, padding=[0, self.padding_row, 0, 0])
         self.sample_graphs[bucket].replay()
         return self.token_ids[:num_sampled].clone()
 
-    def fill(self, buffer: torch.Tensor, inputs: np.ndarray, padding: list[int]) -> int:
-        """Write `inputs`, `[k, n]`, and columns of `padding` behind them where a graph reads them; returns its bucket."""
-        n = inputs.shape[1]
-        bucket = bucket_of(n)
-        assert bucket is not None
+    def fill(self, bucket: int, buffer: torch.Tensor, inputs: np.ndarray, padding: list[int]) -> None:
+        """Write `inputs`, `[k, n]`, where a bucket's graph reads them, and columns of `padding` behind them."""
         padded = np.repeat(np.array(padding)[:, None], bucket, axis=1)  # [k, bucket]
-        padded[:, :n] = inputs
+        padded[:, : inputs.shape[1]] = inputs
         buffer[: padded.size].copy_(pinned(padded.ravel()), non_blocking=True)
-        return bucket
 
     def add_blocks(self, rows: np.ndarray, places: np.ndarray, blocks: np.ndarray) -> None:
         """Write physical blocks to their places in the block tables of some rows, `[n]` each."""
@@ -220,13 +223,6 @@ def capture_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
         yield torch.cuda.Stream(device)
     finally:
         torch._C._cuda_clearCublasWorkspaces()
-
-
-def memory_of_graphs(max_num_tokens: int, max_num_seqs: int, num_layers: int) -> int:
-    """Bytes to leave free for the graphs of an engine with these settings."""
-    num_graphs = len(buckets_up_to(max_num_tokens)) + len(buckets_up_to(min(max_num_seqs, max_num_tokens)))
-    num_pieces = len(large_buckets_up_to(max_num_tokens)) * (num_layers + 1)
-    return num_graphs * BYTES_PER_GRAPH + num_pieces * BYTES_PER_PIECE
 
 
 def pinned(array: np.ndarray) -> torch.Tensor:

@@ -16,7 +16,8 @@ class MemoryUse:
 
     weights: int = 0
     step: int = 0  # at most, in between, for a step of the whole token budget
-    graphs: int = 0  # CUDA graphs: reserved when the KV cache is sized, then what they took
+    graphs: int = 0  # CUDA graphs
+    reserved: int = 0  # for these two, when the KV cache was sized
     kv_cache: int = 0
 
     def __str__(self) -> str:

@@ -16,8 +16,8 @@ import torch
 from transformers import PretrainedConfig
 
 from nanovllm.config import Config
-from nanovllm.engine.buckets import BUCKETS, bucket_of, large_buckets_up_to
-from nanovllm.engine.cuda_graphs import MOST_READ_AGAIN, StepGraphs, copied, memory_of_graphs
+from nanovllm.engine.buckets import bucket_of, takes_pieces
+from nanovllm.engine.cuda_graphs import StepGraphs, copied
 from nanovllm.engine.kv_cache import MemoryUse, block_bytes, free_memory, size_kv_cache
 from nanovllm.engine.launched_step import LaunchedStep, Likeliest
 from nanovllm.engine.scheduler import Batch
@@ -93,6 +93,7 @@ class ModelRunner:
 
         # A row for each sequence that runs.
         num_rows = config.max_num_seqs
+        self.num_blocks = 0  # so far
         self.temperature = np.zeros(num_rows, np.float32)
         self.top_k = np.zeros(num_rows, np.int64)
         self.top_p = np.zeros(num_rows, np.float32)
@@ -112,30 +113,27 @@ class ModelRunner:
 
         shape = (config.block_size, *heads[1:])
         self.bytes_per_block = block_bytes(len(attention), *shape, self.dtype)
+        longest = config.max_model_len or hf_config.max_position_embeddings
+        max_num_blocks = -(-longest // config.block_size)
         self.memory = MemoryUse()
         if self.device.type == "cuda":
             self.memory.weights = sum(parameter.nbytes for parameter in self.model.parameters())
             self.bind(attention, backend, backend.allocate(len(attention), 0, *shape, self.dtype, self.device))
-            most = config.max_num_batched_tokens
-            self.memory.step = self.peak_of_step(most, num_sampled=min(config.max_num_seqs, most))
-            if has_graphs:
-                self.memory.graphs = memory_of_graphs(most, config.max_num_seqs, len(attention))
-                if large := large_buckets_up_to(most):
-                    self.memory.graphs += self.peak_of_step(large[-1], num_sampled=0)
-        reserved = self.memory.step + self.memory.graphs
-        num_blocks = size_kv_cache(config, self.bytes_per_block, self.device, reserved)
+            self.profile(config, max_num_blocks, has_graphs)
+        num_blocks = size_kv_cache(config, self.bytes_per_block, self.device, self.memory.reserved)
         self.num_blocks = self.ranks.smallest(num_blocks, self.device)  # one table of blocks for all of them
         self.kv_cache = backend.allocate(len(attention), self.num_blocks, *shape, self.dtype, self.device)
         self.memory.kv_cache = self.kv_cache.nbytes
         self.bind(attention, backend, self.kv_cache)
 
         # None of those that run can be longer than the cache, so neither need its block table be.
-        longest = config.max_model_len or hf_config.max_position_embeddings
-        max_num_blocks = min(self.num_blocks, -(-longest // config.block_size))
+        max_num_blocks = min(max_num_blocks, self.num_blocks)
         self.block_tables = np.zeros((num_rows, max_num_blocks), np.int32)
-        self.graphs = self.capture_graphs(config, hf_config) if has_graphs else None
+        self.graphs = self.capture_graphs(config, max_num_blocks) if has_graphs else None
         # With them a step is launched in less time than it takes, and finds on the GPU what the one before it sampled.
         self.can_overlap = self.graphs is not None
+        if self.graphs is not None:
+            logger.info("CUDA graphs for %d sizes captured in %.1f s", self.graphs.num_sizes, self.graphs.seconds)
         if self.device.type == "cuda":
             logger.info("memory: %s", self.memory)
 
@@ -143,14 +141,24 @@ class ModelRunner:
         for layer, (k_cache, v_cache) in zip(attention, kv_cache.transpose(0, 1), strict=True):
             layer.bind(backend, k_cache, v_cache)
 
+    def profile(self, config: Config, max_num_blocks: int, has_graphs: bool) -> None:
+        """Try the largest step and the largest graphs, to know what to leave free for them beside the KV cache."""
+        most = config.max_num_batched_tokens
+        self.memory.step = self.peak_of_step(most, num_sampled=min(config.max_num_seqs, most))
+        self.memory.reserved = self.memory.step
+        if has_graphs:
+            trial = self.capture_graphs(config, max_num_blocks, is_trial=True)
+            self.memory.reserved += self.memory.graphs + trial.bytes_kept_by_cuda
+
     @torch.inference_mode()
     def peak_of_step(self, num_tokens: int, num_sampled: int) -> int:
-        """Bytes that a step of so many tokens takes in between, at most.
+        """Bytes that torch takes from the GPU, at most, for what a step of so many tokens has in between.
 
         It is one sequence, whose keys and values go to the dummy block, the only one that there is so far.
         """
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        before = torch.cuda.memory_reserved(self.device)
         context = Context(
             block_size=self.block_size,
             num_decodes=0,
@@ -168,21 +176,23 @@ class ModelRunner:
             self.temperature[0], self.top_p[0], self.truncates[0] = 1e6, 0.999, True
             self.choose(self.model.compute_logits(hidden_states[:num_sampled]), rows, rows)  # type: ignore[operator]
             self.temperature[0], self.top_p[0], self.truncates[0] = 0, 0, False
-        return torch.cuda.max_memory_allocated(self.device) - before
+        return torch.cuda.max_memory_reserved(self.device) - before
 
-    def capture_graphs(self, config: Config, hf_config: PretrainedConfig) -> StepGraphs:
+    def capture_graphs(self, config: Config, max_num_blocks: int, is_trial: bool = False) -> StepGraphs:
+        """Graphs of all sizes, for the KV cache that there is; while it has only the dummy block, a trial."""
         free = free_memory(self.device)
         graphs = StepGraphs(
             self.model,
             self.block_size,
             self.num_blocks,
             num_rows=config.max_num_seqs,
-            max_num_blocks=self.block_tables.shape[1],
+            max_num_blocks=max_num_blocks,
             max_num_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
-            hidden_size=hf_config.hidden_size,
+            hidden_size=self.hf_config.hidden_size,
             dtype=self.dtype,
             device=self.device,
+            is_trial=is_trial,
         )
         self.memory.graphs = free - free_memory(self.device)
         return graphs
@@ -205,10 +215,10 @@ class ModelRunner:
         """`launch`, once the batch has become numbers. Every rank makes the same call."""
         start = perf_counter()
         self.update_tables(inputs)
-        num_tokens = len(inputs.input_ids)
-        bucket = None if self.graphs is None else bucket_of(num_tokens)
-        if bucket in BUCKETS and ((inputs.num_new - 1) * inputs.context_lens).sum() > MOST_READ_AGAIN:
-            bucket = None  # a chunk behind a long context: its tokens had better share what they read
+        num_tokens, is_chunk = len(inputs.input_ids), inputs.num_new > 1
+        chunks = list(zip(inputs.num_new[is_chunk].tolist(), inputs.context_lens[is_chunk].tolist()))
+        in_pieces = takes_pieces(num_tokens, chunks)
+        bucket = None if self.graphs is None else bucket_of(num_tokens, in_pieces)
         rows = inputs.rows[inputs.owner]  # [num_tokens]
         if self.graphs is None or bucket is None:
             context = self.prepare(inputs)
@@ -218,13 +228,13 @@ class ModelRunner:
             prepared = perf_counter()
             with use_context(context):
                 hidden_states = self.model(input_ids, positions)  # [num_tokens, hidden_size]
-        elif bucket in self.graphs.graphs:
+        elif not in_pieces:
             prepared = perf_counter()
-            hidden_states = self.graphs.replay(inputs.input_ids, inputs.positions, rows)
+            hidden_states = self.graphs.replay(bucket, inputs.input_ids, inputs.positions, rows)
         else:
             prepared = perf_counter()
             prepare = partial(self.prepare, inputs)
-            hidden_states = self.graphs.large.replay(inputs.input_ids, inputs.positions, rows, prepare)
+            hidden_states = self.graphs.piecewise.replay(bucket, inputs.input_ids, inputs.positions, rows, prepare)
         computed = perf_counter()
         launched = self.sample(inputs, hidden_states)
         sampled = perf_counter()

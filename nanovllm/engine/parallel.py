@@ -44,12 +44,17 @@ def make_runner(config: Config, hf_config: PretrainedConfig, path: Path) -> Any:
 
     In a process that torchrun has started as another rank than the first, this does the rank's work, and then exits.
     """
-    size = config.tensor_parallel_size
+    size, world_size = config.tensor_parallel_size, int(os.environ["WORLD_SIZE"]) if is_torchrun() else None
     if size == 1:
+        if world_size is not None and world_size > 1:
+            logger.warning(
+                "torchrun has started %d processes, but tensor_parallel_size is 1: each makes an engine of its own, with the "
+                "whole model, here on device %r; to share it say tensor_parallel_size=%d",
+                *(world_size, config.device, world_size),
+            )
         return ModelRunner(config, hf_config, path)
     check_shares(hf_config, size)
-    if is_torchrun():
-        world_size = int(os.environ["WORLD_SIZE"])
+    if world_size is not None:
         if world_size != size:
             raise ValueError(f"torchrun has started {world_size} processes, but tensor_parallel_size is {size}")
         if (rank := int(os.environ["RANK"])) > 0:

@@ -1,7 +1,7 @@
-"""Piecewise CUDA graphs: for steps of so many tokens that attention must know whose they are.
+"""Piecewise CUDA graphs: for steps in which attention must know whose the tokens are.
 
 In a graph of `StepGraphs` each token is a row by itself, and reads its whole context alone. For the hundreds of tokens of
-a prompt that would be a waste: they should share what is read, a tile of them to a program. But how many sequences and
+a prompt, or a few dozen behind a long context, that is a waste: they should share what is read, a tile of them to a program. But how many sequences and
 tiles there are differs from step to step, and a graph has no room for that. Everything else asks only for the number of
 tokens: products, norms, rotations. So here the recording *stops* at every attention layer, and another one begins behind
 it. A model of L layers gives L + 1 pieces; a step replays them in order, and launches attention in between.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class PiecewiseGraphs:
-    """For each of some large buckets the pieces of a model, in order.
+    """For each of some buckets the pieces of a model, in order.
 
     Args:
         graphs: those of whole steps, whose model, tables, buffers and memory these share.
@@ -96,11 +96,16 @@ class PiecewiseGraphs:
                 layer.backend = self.backend
 
     def replay(
-        self, input_ids: np.ndarray, positions: np.ndarray, rows: np.ndarray, prepare: Callable[[], Context]
+        self,
+        bucket: int,
+        input_ids: np.ndarray,
+        positions: np.ndarray,
+        rows: np.ndarray,
+        prepare: Callable[[], Context],
     ) -> torch.Tensor:
         """As `StepGraphs.replay`; what attention must know, `prepare` works out while the GPU computes the first piece."""
         graphs, n = self.graphs, len(input_ids)
-        bucket = graphs.fill_tokens(input_ids, positions, rows)
+        graphs.fill_tokens(bucket, input_ids, positions, rows)
         first, *others = self.pieces[bucket]
         first.replay()
         context = prepare()

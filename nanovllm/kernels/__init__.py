@@ -108,14 +108,19 @@ def refuse_flash_attention(
 
 @cache
 def fused_layers() -> ModuleType | None:
-    """The small operations of a layer as Triton kernels; None where Triton does not work. For tensors on a GPU only."""
+    """The small operations of a layer as Triton kernels; None where they, or the sampler's, do not work.
+
+    For tensors on a GPU only. They are tried once, on the GPU that is torch's current one.
+    """
     try:
-        module = import_module("nanovllm.kernels.triton_layers")
-        ones = torch.ones(1, 16, device="cuda")
-        module.rms_norm(ones, ones[0], 1e-6)
-        return module
+        layers, sampler = (import_module(f"nanovllm.kernels.triton_{name}") for name in ("layers", "sampler"))
+        check = import_module("nanovllm.kernels.check")  # which imports the layers, and they import this
+        has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
+        for dtype in (torch.float32, torch.bfloat16 if has_bfloat16 else torch.float16):
+            check.check_small_kernels(layers, sampler, dtype, "cuda")
+        return layers
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or a driver may raise
-        logger.warning("Triton does not work here, norms and activations take PyTorch's kernels: %s", error)
+        logger.warning("Triton does not work here, small operations and the sampler take PyTorch's kernels: %s", error)
         return None

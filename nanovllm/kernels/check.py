@@ -1,11 +1,16 @@
-"""Which attention backend "auto" is, and whether it computes what it should on this very device."""
+"""Which attention backend "auto" is, and whether it and the small kernels compute what they should on this very device."""
 
 import logging
 from types import ModuleType
 
+import numpy as np
 import torch
 
 from nanovllm.kernels import get_backend
+from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.rotary_embedding import norm_and_rotate, rotate
+from nanovllm.layers.sampler import SamplingBatch, random_bits, sample, uniform_numbers
 from nanovllm.utils.context import Context
 
 logger = logging.getLogger(__name__)
@@ -90,3 +95,55 @@ def check(
     error = ((actual - expected).norm(dim=1) / expected.norm(dim=1)).max()
     if not error < 0.02:  # bfloat16 gives some 0.005; NaN is not smaller than anything
         raise RuntimeError(f"{backend.__name__} differs from the reference by {error.item():.1%}")
+
+
+@torch.inference_mode()
+def check_small_kernels(
+    layers: ModuleType, sampler: ModuleType, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Compare `triton_layers` and `triton_sampler` with the plain layers, on a CPU. RuntimeError, with a name, if they differ."""
+    numbers = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=numbers).to(dtype)
+
+    def there(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.to(device, copy=True) for tensor in tensors]
+
+    norms = [RMSNorm(size, 1e-6).to(dtype) for size in (80, 48, 48)]
+    for each in norms:
+        each.weight.copy_(random(len(each.weight)))
+    norm, q_norm, k_norm = norms
+    x, delta, gate_up, qk = random(3, 80), random(3, 80), random(3, 2 * 80), random(3, 5, 48)
+    angles = random(3, 1, 24)
+    cos, sin = torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    stream = there(x)[0]  # its kernel adds in place, as the layer does
+    actual = {
+        "rms_norm": layers.rms_norm(*there(x, norm.weight), norm.eps),
+        "rms_norm of a sum": layers.rms_norm(stream, *there(norm.weight), norm.eps, *there(delta)),
+        "the sum": stream,
+        "rotate": layers.rotate(*there(qk, cos, sin)),
+        "rotate with norms": layers.rotate(*there(qk, cos, sin), 3, *there(q_norm.weight, k_norm.weight), q_norm.eps),
+        "silu_and_mul": layers.silu_and_mul(*there(gate_up)),
+    }
+    expected = {
+        "rms_norm": norm(x),
+        "rms_norm of a sum": norm(x.clone(), delta),
+        "the sum": x + delta,
+        "rotate": rotate(qk, cos, sin),
+        "rotate with norms": norm_and_rotate(qk, q_norm, k_norm, 3, cos, sin),
+        "silu_and_mul": silu_and_mul(gate_up),
+    }
+    for name, tensor in expected.items():
+        error = (actual[name].cpu().double() - tensor.double()).norm() / tensor.double().norm()
+        if not error < 0.02:  # bfloat16 gives some 0.004
+            raise RuntimeError(f"{name} differs from the plain layer by {error.item():.1%}")
+
+    # Greedy, and at random from a few tokens in two pieces of the vocabulary.
+    logits, temperature, places = random(8, 5000), np.array([0, 0, 1, 1, 1, 1, 1, 1], np.float32), np.arange(8)
+    logits[2:, [17, 2000, 4095, 4999]] = 20
+    nothing = np.zeros(8), np.ones(8), np.zeros(8)
+    plain = sample(logits, SamplingBatch.from_host(temperature, *nothing, uniform_numbers(places, places)))
+    bits = torch.from_numpy(random_bits(places, places).view(np.int64))
+    if (found := sampler.sample(*there(logits, torch.from_numpy(temperature), bits)).tolist()) != plain.tolist():
+        raise RuntimeError(f"the sampler has drawn {found}, and the plain one {plain.tolist()}")

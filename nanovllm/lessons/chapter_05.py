@@ -225,8 +225,7 @@ def in_the_place_of_cuda_graphs(tape: Callable[[], Any]) -> Iterator[None]:
 def capture_graphs(llm: LLM) -> cuda_graphs.StepGraphs:
     """Let an engine capture its graphs now, as it does at its start on a GPU."""
     runner = llm.engine.model_runner
-    size = runner.model.model.embed_tokens.weight.size(1)  # type: ignore[union-attr, operator]
-    runner.graphs = runner.capture_graphs(llm.engine.config, SimpleNamespace(hidden_size=size))  # type: ignore[arg-type]
+    runner.graphs = runner.capture_graphs(llm.engine.config, runner.block_tables.shape[1])
     return runner.graphs
 
 

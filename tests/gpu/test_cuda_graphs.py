@@ -36,17 +36,27 @@ def test_greedy_tokens_are_the_same_for_every_number_of_sequences(pair, num_seqs
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("lengths", [[600], [530], [700, 5, 3], [300, 200, 40, 9, 2], [5, 3, 590, 1200, 7]])
-def test_long_prompts_replay_in_pieces(pair, lengths):
+@pytest.mark.parametrize(
+    "lengths", [[200], [384], [30] * 12, [600], [530], [700, 5, 3], [300, 200, 40, 9, 2], [5, 3, 590, 1200, 7]]
+)
+def test_long_prompts_replay_in_pieces(pair, monkeypatch, lengths):
     """Alone, several in a step, in chunks beside decodes; with padding and without."""
+    pieces, num_replays = pair[0].engine.model_runner.graphs.piecewise, 0
+
+    def replay(*args, replay=pieces.replay):
+        nonlocal num_replays
+        num_replays += 1
+        return replay(*args)
+
+    monkeypatch.setattr(pieces, "replay", replay)
     prompts = prompts_of(lengths, seed=sum(lengths))
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     answers = []
     for llm in pair:
         with llm.trace() as trace:
             answers.append([a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)])
-        in_pieces = [step for step in trace.steps if step.num_tokens > 512]
-        assert in_pieces and all((step.graph is None) == (llm is pair[1]) for step in in_pieces)
+        assert all((step.graph is None) == (llm is pair[1]) for step in trace.steps)
+    assert num_replays >= 1 + (sum(lengths) > 1200)
     assert answers[0] == answers[1]
 
 

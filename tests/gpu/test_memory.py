@@ -1,5 +1,9 @@
 """How much of a GPU the engine takes, and that it gives it back."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,7 +27,9 @@ def test_what_is_taken_is_told_and_stays_within_bounds(tiny_qwen3_path, caplog):
         )
     memory = llm.engine.model_runner.memory
     assert min(memory.weights, memory.step, memory.graphs, memory.kv_cache) > 0
-    assert all(part in caplog.text for part in ("CUDA graphs for", "captured in", "memory: weights", "kv cache"))
+    assert all(
+        part in caplog.text for part in ("CUDA graphs for", "captured in", "memory: weights", "reserved", "kv cache")
+    )
     prompts = [[7] * 2000 for _ in range(64)]
     llm.generate(prompts, SamplingParams(temperature=0.7, top_p=0.9, max_tokens=4), use_tqdm=False)
     assert 0.4 * total < used() < 0.51 * total
@@ -37,12 +43,33 @@ def test_no_step_takes_more_than_was_reserved_for_it():
         settings = dict(num_kv_blocks=300, max_model_len=64, max_num_batched_tokens=256, max_num_seqs=256)
         llm = LLM(path, load_format="dummy", device="cuda", **settings)
     params = SamplingParams(temperature=10.0, top_p=0.9, max_tokens=4, logprobs=20, ignore_eos=True)
-    before = torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     llm.generate([[i] for i in range(256)], params, use_tqdm=False)
-    taken, reserved = torch.cuda.max_memory_allocated() - before, llm.engine.model_runner.memory.step
+    taken, reserved = torch.cuda.max_memory_reserved() - before, llm.engine.model_runner.memory.step
     assert 100e6 < taken < 1.05 * reserved
     llm.close()
+
+
+NEW_ENGINE = """
+import json, sys
+from dataclasses import asdict
+from nanovllm import LLM
+llm = LLM(**json.loads(sys.argv[1]))
+print(json.dumps(asdict(llm.engine.model_runner.memory)))
+"""
+
+
+@pytest.mark.parametrize("settings", [{}, dict(max_num_batched_tokens=16_384, max_model_len=4096)])
+def test_graphs_take_no_more_than_was_reserved_for_them(settings):
+    """In a process of its own: CUDA keeps what it has taken for graphs, and gives it to the next ones of the process."""
+    with qwen3_folder() as path:
+        given = json.dumps({"model": str(path), "load_format": "dummy", "device": "cuda"} | settings)
+        output = subprocess.check_output([sys.executable, "-c", NEW_ENGINE, given], text=True)
+    memory = json.loads(output.splitlines()[-1])
+    reserved = memory["reserved"] - memory["step"]
+    assert 0.5 * reserved < memory["graphs"] <= reserved, memory
 
 
 def test_too_little_memory_says_how_much_and_what_to_turn(tiny_qwen3_path):
