@@ -18,6 +18,7 @@ from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Pipe
+from typing import Any
 
 import psutil
 import pytest
@@ -283,9 +284,30 @@ def llm(model_path):
 def assert_ended(llm: LLM, start: float) -> None:
     assert time.monotonic() - start < SOON
     assert not any(is_alive(process.pid) for process in llm.engine.model_runner.processes)
+    assert not listening(), "no port is left open"
     with pytest.raises(RuntimeError, match="make a new LLM"):
         generate(llm, [[1, 2, 3]])
     assert not llm.has_unfinished_requests()
+
+
+def listening() -> list[Any]:
+    """Sockets of this process and of its children at which somebody could call."""
+    this = psutil.Process()
+    sockets = [s for each in [this, *this.children(recursive=True)] for s in connections_of(each)]
+    return [s for s in sockets if s.status == psutil.CONN_LISTEN]
+
+
+def connections_of(process: psutil.Process) -> list[Any]:
+    with suppress(psutil.NoSuchProcess):
+        return getattr(process, "net_connections", process.connections)(kind="inet")  # psutil 6, or older
+    return []
+
+
+def assert_a_new_engine_works(model_path) -> None:
+    expected = generate(LLM(model_path, num_kv_blocks=8, device="cpu"), [[1, 2, 3]])
+    llm = LLM(model_path, num_kv_blocks=8, device="cpu", tensor_parallel_size=2)
+    assert generate(llm, [[1, 2, 3]]) == expected
+    llm.close()
 
 
 def test_a_rank_killed_before_the_first_step(model_path, monkeypatch):
@@ -302,23 +324,22 @@ def test_a_rank_killed_before_the_first_step(model_path, monkeypatch):
         with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by SIGKILL"):
             LLM(model_path, num_kv_blocks=8, device="cpu", tensor_parallel_size=2)
     assert time.monotonic() - start < 0.5 + SOON
-    assert not any(is_alive(process.pid) for process in runners[0].processes)
+    assert not any(is_alive(process.pid) for process in runners[0].processes) and not listening()
+    assert_a_new_engine_works(model_path)
 
 
-def test_a_rank_killed_between_steps_and_a_new_engine(llm, model_path):
-    expected = generate(llm, [[1, 2, 3]])
+def test_a_rank_killed_between_steps(llm, model_path):
+    generate(llm, [[1, 2, 3]])
     os.kill(llm.engine.model_runner.processes[1].pid, signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by SIGKILL; this engine has ended"):
         generate(llm, [[1, 2, 3]])
     assert_ended(llm, start)
-    another = LLM(model_path, num_kv_blocks=64, device="cpu", tensor_parallel_size=2)
-    assert generate(another, [[1, 2, 3]]) == expected
-    another.close()
+    assert_a_new_engine_works(model_path)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_killed_inside_a_step(llm, rank):
+def test_a_rank_killed_inside_a_step(llm, model_path, rank):
     """Between two of its messages to us, so most probably in the middle of an exchange with the others."""
     killed = []
 
@@ -330,10 +351,11 @@ def test_a_rank_killed_inside_a_step(llm, rank):
     with pytest.raises(RuntimeError, match=f"rank {rank} of 2 was killed by SIGKILL"):
         generate(llm, [[1, 2, 3]] * 8, ENDLESS)
     assert_ended(llm, killed[0])
+    assert_a_new_engine_works(model_path)
 
 
 @pytest.mark.parametrize("other", ["fails", "aborts"])
-def test_a_rank_that_raises_is_named_with_its_error(llm, other):
+def test_a_rank_that_raises_is_named_with_its_error(llm, model_path, other):
     """Only it: the other waits for it in an exchange, and fails a little later because it is gone; NCCL's aborts itself."""
     runner = llm.engine.model_runner
     send = runner.send
@@ -353,6 +375,29 @@ def test_a_rank_that_raises_is_named_with_its_error(llm, other):
         generate(llm, [[1, 2, 3]])
     runner.send = send
     assert_ended(llm, start)
+    assert_a_new_engine_works(model_path)
+
+
+def test_an_interrupt_of_the_ranks_themselves_is_ignored(llm):
+    """As under torchrun, whose processes are in one group: who is at the other end decides what it ends."""
+    expected = generate(llm, [[1, 2, 3]])
+    for process in llm.engine.model_runner.processes:
+        process.send_signal(signal.SIGINT)
+    assert generate(llm, [[1, 2, 3]]) == expected
+
+
+def test_what_the_first_rank_writes_is_seen(model_path, monkeypatch, capfd):
+    """Its progress bars, and its last words if it dies; those of the others are told in the error."""
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")  # writes when a process aborts
+    llm = LLM(model_path, num_kv_blocks=8, device="cpu", tensor_parallel_size=2)
+    runner = llm.engine.model_runner
+    for process in runner.processes:
+        process.send_signal(signal.SIGABRT)
+        process.wait(SOON)
+    told = "was killed by SIGABRT; the last that it wrote:\nFatal Python error: Aborted"
+    assert told not in runner.obituary(0).text and told in runner.obituary(1).text
+    assert capfd.readouterr().err.count("Fatal Python error: Aborted") == 1
+    llm.close()
 
 
 def test_a_rank_listens_while_it_computes(llm):
@@ -609,19 +654,26 @@ def execute(client, code: str) -> dict:
     return client.execute_interactive(code, timeout=60, output_hook=lambda message: None)["content"]
 
 
-def torchrun(script, host: int = 0, **environment: str) -> list[subprocess.Popen]:
-    """Two hosts as far as torchrun knows, one rank each, with a GPU of its own if there are two.
+def torchrun(script, host: int = 0, ranks: int = 1, **environment: str) -> tuple[list[subprocess.Popen], int]:
+    """Two hosts as far as torchrun knows, some ranks each, with a GPU of its own if there are two; and the port where they meet.
 
     One has the store over which the two torchruns talk: when it has ended, the other does not wait for it any more.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=test"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        f"--nproc-per-node={ranks}",
+        "--rdzv-id=test",
+    ]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     environment = os.environ | environment
     environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    return [
+    nodes = [
         subprocess.Popen(
             [*command, f"--rdzv-conf=is_host={int(node == host)}", str(script)],
             stdout=subprocess.PIPE,
@@ -631,28 +683,40 @@ def torchrun(script, host: int = 0, **environment: str) -> list[subprocess.Popen
         )
         for node in range(2)
     ]
+    return nodes, port
 
 
-@pytest.mark.parametrize(("device", "shares_its_store"), [("cpu", 1), ("cpu", 0), ("cuda", 1)])
-def test_two_torchrun_nodes(model_path, tmp_path, device, shares_its_store):
+def is_free(port: int) -> bool:
+    with socket.socket() as mine, suppress(OSError):
+        mine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # whoever hung up may still be remembered
+        mine.bind(("127.0.0.1", port))
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "shares_its_store"), [("cpu", 1, 1), ("cpu", 1, 0), ("cpu", 2, 1), ("cuda", 1, 1)]
+)
+def test_two_torchrun_nodes(model_path, tmp_path, device, ranks, shares_its_store):
     """The first is where the script goes on. That of PyTorch 2.4 never shares its store."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+    size = 2 * ranks
     settings = dict(num_kv_blocks=64, device=device, dtype="float32")
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(f"""
             from nanovllm import LLM, SamplingParams
             print("starts")
-            llm = LLM({str(model_path)!r}, **{settings}, tensor_parallel_size=2)
+            llm = LLM({str(model_path)!r}, **{settings}, tensor_parallel_size={size})
             answer = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False)
             print(answer[0]["token_ids"])
             llm.close()
             try:
-                LLM({str(model_path)!r}, **{settings}, tensor_parallel_size=2)
+                LLM({str(model_path)!r}, **{settings}, tensor_parallel_size={size})
             except RuntimeError as error:
                 print(error)
             """))
-    nodes = torchrun(script, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(1 - shares_its_store))
+    nodes, port = torchrun(script, ranks=ranks, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(1 - shares_its_store))
     try:
         outputs = [node.communicate(timeout=90) for node in nodes]
     finally:
@@ -661,7 +725,11 @@ def test_two_torchrun_nodes(model_path, tmp_path, device, shares_its_store):
     assert [node.returncode for node in nodes] == [0, 0], outputs
     expected = generate(LLM(model_path, **settings), [[1, 2, 3]])[0]
     refusal = "under torchrun a script makes one LLM: the other ranks ended with the first"
-    assert sorted(stdout for stdout, _ in outputs) == ["starts\n", f"starts\n{expected}\n{refusal}\n"]
+    assert sorted(stdout for stdout, _ in outputs) == [
+        "starts\n" * ranks,
+        "starts\n" * ranks + f"{expected}\n{refusal}\n",
+    ]
+    assert is_free(port)
 
 
 FAULTS = {
@@ -688,7 +756,7 @@ def test_a_fault_on_one_torchrun_node_ends_the_other(model_path, tmp_path, fault
             print("ready", flush=True)
             {FAULTS[fault]}
             """))
-    nodes = torchrun(script, host=int(fault != "the rank is killed"))  # the one that is left alone
+    nodes, port = torchrun(script, host=int(fault != "the rank is killed"))  # the one that is left alone
     processes = []
     try:
         pids = dict(tuple(map(int, node.stdout.readline().split())) for node in nodes)  # by rank
@@ -698,8 +766,11 @@ def test_a_fault_on_one_torchrun_node_ends_the_other(model_path, tmp_path, fault
         time.sleep(0.5)
         if "killed" in fault:
             os.kill(pids[int("rank" in fault)], signal.SIGKILL)
-        outputs = [node.communicate(timeout=15) for node in nodes]
-        assert wait_until(lambda: not any(is_alive(process.pid) for process in processes))
+        else:
+            time.sleep(1)  # until it fails
+        assert wait_until(lambda: not any(is_alive(process.pid) for process in processes)), "all ours end within 5 s"
+        outputs = [node.communicate(timeout=15) for node in nodes]  # torchrun itself takes a while to notice
+        assert is_free(port)
     finally:
         for process in [*nodes, *processes]:
             with suppress(psutil.NoSuchProcess):
@@ -776,15 +847,11 @@ def test_a_rank_that_waits_for_another_hears_the_end(said, code):
 
 def test_the_memory_of_each_rank_is_logged(tmp_path, monkeypatch, caplog):
     """By the parent, whose log somebody may read."""
-    ready = [(8, torch.float32, "a GPU", MemoryUse(weights=(rank + 1) * 10**6), False) for rank in range(2)]
+    ready = [((8, torch.float32, "a GPU", MemoryUse(), False), f"memory: {rank} MB") for rank in range(2)]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("nanovllm.engine.parallel.resolve_device", torch.device)
     monkeypatch.setattr(ParallelRunner, "start", lambda *args, **kwargs: None)
     monkeypatch.setattr(ParallelRunner, "receive", lambda self: ready)
     with caplog.at_level("INFO", "nanovllm"):
         ParallelRunner(Config(device="cuda", tensor_parallel_size=2), tmp_path)
-    no_more = "step 0 MB, graphs 0 MB, reserved 0 MB, kv cache 0 MB"
-    assert caplog.messages == [
-        f"rank 0 of 2, on a GPU: memory: weights 1 MB, {no_more}",
-        f"rank 1 of 2, on a GPU: memory: weights 2 MB, {no_more}",
-    ]
+    assert caplog.messages == [f"rank {rank} of 2, on a GPU: memory: {rank} MB" for rank in range(2)]

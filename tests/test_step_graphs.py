@@ -19,7 +19,7 @@ from nanovllm.engine.buckets import BUCKETS, bucket_of
 from nanovllm.engine.overlap import Overlap
 from nanovllm.engine.step_inputs import IN_FLIGHT
 from nanovllm.kernels import torch_attention
-from nanovllm.lessons.chapter_05 import Recorder
+from nanovllm.lessons.chapter_05 import Recorder, in_the_place_of_cuda_graphs
 from tests import flash_stand_in
 
 from .conftest import collector_off
@@ -234,6 +234,32 @@ def fails_the_fourth_time(function):
         return function(*args)
 
     return call
+
+
+@pytest.mark.parametrize("is_trial", [False, True])
+def test_the_largest_graphs_are_recorded_first_with_a_bar(model_path, monkeypatch, is_trial):
+    """The smaller ones then find room in their memory. A trial, which tells how much that is, takes one of each kind."""
+    llm = LLM(model_path, num_kv_blocks=60, max_num_batched_tokens=600, max_num_seqs=9, device="cpu")
+    runner, shown = llm.engine.model_runner, []
+
+    def bar(todo, *, disable, **_):
+        assert disable == is_trial
+        for capture, bucket in todo:
+            shown.append((capture.__name__, bucket))
+            yield capture, bucket
+
+    with in_the_place_of_cuda_graphs(Tape):
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(cuda_graphs, "tqdm", bar)
+        graphs = runner.capture_graphs(llm.engine.config, runner.block_tables.shape[1], is_trial)
+    kinds = {
+        "capture": [640, 576, 512, 384, 256, 128],  # pieces
+        "capture_model": BUCKETS[::-1],
+        "capture_sampler": [16, 8, 4, 2, 1],
+    }
+    assert shown == [(name, bucket) for name, sizes in kinds.items() for bucket in sizes[: 1 if is_trial else None]]
+    assert graphs.num_sizes == len(shown) and graphs.seconds > 0
+    assert len(graphs.piecewise.pieces[640]) == len(graphs.piecewise.layers) + 1
 
 
 def test_closing_lets_go_of_graphs_at_once(replaying):

@@ -94,7 +94,7 @@ class StepGraphs:
         most = 1 if is_trial else None
         todo = [(capture, bucket) for capture, buckets in kinds for bucket in buckets[::-1][:most]]
         with capture_stream(device) as stream:
-            for capture, bucket in tqdm(todo, desc="Capturing CUDA graphs", unit=" sizes", delay=1):
+            for capture, bucket in tqdm(todo, desc="Capturing CUDA graphs", unit=" sizes", delay=1, disable=is_trial):
                 self.inputs.fill_(0)
                 self.inputs[2 * bucket : 3 * bucket] = self.padding_row  # all is padding: it writes to the dummy block
                 capture(bucket, stream)

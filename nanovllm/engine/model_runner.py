@@ -132,10 +132,14 @@ class ModelRunner:
         self.graphs = self.capture_graphs(config, max_num_blocks) if has_graphs else None
         # With them a step is launched in less time than it takes, and finds on the GPU what the one before it sampled.
         self.can_overlap = self.graphs is not None
-        if self.graphs is not None:
-            logger.info("CUDA graphs for %d sizes captured in %.1f s", self.graphs.num_sizes, self.graphs.seconds)
         if self.device.type == "cuda":
-            logger.info("memory: %s", self.memory)
+            logger.info(self.what_it_took())
+
+    def what_it_took(self) -> str:
+        """A line about memory, and the time for CUDA graphs."""
+        if self.graphs is None:
+            return f"memory: {self.memory}"
+        return f"memory: {self.memory}; CUDA graphs for {self.graphs.num_sizes} sizes captured in {self.graphs.seconds:.1f} s"
 
     def bind(self, attention: list[Attention], backend: ModuleType, kv_cache: torch.Tensor) -> None:
         for layer, (k_cache, v_cache) in zip(attention, kv_cache.transpose(0, 1), strict=True):

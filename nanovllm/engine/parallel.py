@@ -140,10 +140,10 @@ class ParallelRunner:
         self.device_name: str
         self.memory: MemoryUse  # of the first rank
         self.can_overlap: bool
-        self.num_blocks, self.dtype, self.device_name, self.memory, self.can_overlap = ready[0]
+        self.num_blocks, self.dtype, self.device_name, self.memory, self.can_overlap = ready[0][0]
         if self.device.type == "cuda":  # each has logged this, too, but nobody sees that
-            for rank, (_, _, device_name, memory, _) in enumerate(ready):
-                logger.info("rank %d of %d, on %s: memory: %s", rank, self.size, device_name, memory)
+            for rank, ((_, _, device_name, _, _), took) in enumerate(ready):
+                logger.info("rank %d of %d, on %s: %s", rank, self.size, device_name, took)
 
     @interrupts_deferred()
     def start(self, config: Config, path: Path, store: str | None, num_children: int) -> None:
@@ -165,7 +165,7 @@ class ParallelRunner:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
-                stderr=log,
+                stderr=log if rank else None,  # the first one's progress bars are seen, and stand for all
                 env=environment,
                 start_new_session=True,  # Ctrl-C in a terminal, or Jupyter's stop button, is for us alone
             )

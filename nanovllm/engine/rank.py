@@ -50,7 +50,8 @@ def serve(connection: Connection, rank: int, config: Config, path: Path, store: 
     try:
         ranks = join(rank, config, store)
         runner = ModelRunner(config, load_hf_config(path), path, ranks)
-        connection.send((runner.num_blocks, runner.dtype, runner.device_name, runner.memory, runner.can_overlap))
+        about = (runner.num_blocks, runner.dtype, runner.device_name, runner.memory, runner.can_overlap)
+        connection.send((about, runner.what_it_took()))
         launched: dict[int, LaunchedStep] = {}
         while True:
             match messages.get():

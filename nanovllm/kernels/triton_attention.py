@@ -204,10 +204,38 @@ def chunk_of(tile, query_start, num_decodes, num_seqs, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def work_of(tile, query_start, num_decodes, num_seqs, TOKENS: tl.constexpr):
+    """A tile's sequence, where in the batch its new tokens start, how many they are, and which is the tile's first."""
+    seq, start, query_len, first = tile, tile, 1, 0
+    if tile >= num_decodes:  # decodes stand before the chunks, and have a tile each
+        seq = chunk_of(tile, query_start, num_decodes, num_seqs, TOKENS)
+        start = tl.load(query_start + seq)
+        query_len = tl.load(query_start + seq + 1) - start
+        first = (tile - first_tile(query_start, seq, num_decodes, TOKENS)) * TOKENS
+    return seq, start, query_len, first
+
+
+@triton.jit
 def blocks_of(block_tables, row, tile_begin, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """The physical block of each token in a tile of keys; past the end, that of the last token."""
     key_position = tl.minimum(tile_begin + tl.arange(0, TILE), end - 1)
     return tl.load(block_tables + row + key_position // BLOCK_SIZE)
+
+
+@triton.jit
+def scores_of(q, k, key_position, last_seen, has_hidden):
+    """Scores of a tile's keys, `[ROWS, TILE]`, -inf for those that a query may not see; some if `has_hidden`."""
+    if MASKS_ALL:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.where(key_position[None, :] <= last_seen[:, None], scores, float("-inf"))
+    else:
+        # `tl.dot` adds to `scores`: what begins at -inf stays there. Few rounds have a key to hide, and to ask first makes
+        # chunks a fifth faster.
+        scores = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
+        if has_hidden:
+            scores = tl.where(key_position[None, :] <= last_seen[:, None], 0.0, float("-inf"))
+        scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
+    return scores
 
 
 @triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_splits"])
@@ -225,15 +253,7 @@ def attend_kernel(
     # The last tiles go first. A chunk's last tile looks back the furthest, and should not be what the rest waits for: on
     # an H200 a prompt of 8,192 tokens took 665 instead of 747 us.
     kv_head, tile, split = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
-
-    # Which sequence, where in the batch its new tokens start, how many they are, and which of them is the tile's first.
-    if tile < num_decodes:  # these stand before the chunks, and have a tile each
-        seq, start, query_len, first = tile, tile, 1, 0
-    else:
-        seq = chunk_of(tile, query_start, num_decodes, num_seqs, TOKENS)
-        start = tl.load(query_start + seq)
-        query_len = tl.load(query_start + seq + 1) - start
-        first = (tile - first_tile(query_start, seq, num_decodes, TOKENS)) * TOKENS
+    seq, start, query_len, first = work_of(tile, query_start, num_decodes, num_seqs, TOKENS)
     context_len = tl.load(context_lens + seq)
 
     # The part of the context that this program walks over: a decode's piece, or all up to the tile's end.
@@ -275,16 +295,7 @@ def attend_kernel(
         if INTERPRETED:
             k, v = k.to(tl.float32), v.to(tl.float32)
 
-        if MASKS_ALL:
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, TILE]
-            scores = tl.where(key_position[None, :] <= last_seen[:, None], scores, float("-inf"))
-        else:
-            # `tl.dot` adds to `scores`: what begins at -inf stays there. Few rounds have a key to hide, and to ask first
-            # makes chunks a fifth faster.
-            scores = tl.zeros([ROWS, TILE], tl.float32)
-            if tile_begin + TILE > seen_by_all:
-                scores = tl.where(key_position[None, :] <= last_seen[:, None], 0.0, float("-inf"))
-            scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
+        scores = scores_of(q, k, key_position, last_seen, tile_begin + TILE > seen_by_all)
         new_highest = tl.maximum(highest, tl.max(scores, 1) * scale)
         shrink = tl.exp2(highest - new_highest)
         weight = tl.exp2(scores * scale - new_highest[:, None])
