@@ -695,7 +695,8 @@ def is_free(port: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("device", "ranks", "shares_its_store"), [("cpu", 1, 1), ("cpu", 1, 0), ("cpu", 2, 1), ("cuda", 1, 1)]
+    ("device", "ranks", "shares_its_store"),
+    [("cpu", 1, 1), ("cpu", 1, 0), ("cpu", 2, 1), pytest.param("cuda", 1, 1, marks=pytest.mark.gpu)],
 )
 def test_two_torchrun_nodes(model_path, tmp_path, device, ranks, shares_its_store):
     """The first is where the script goes on. That of PyTorch 2.4 never shares its store."""
@@ -740,7 +741,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_on_one_torchrun_node_ends_the_other(model_path, tmp_path, fault, device):
     """Else its torchrun waits five minutes for the first, because it believes that its own rank has done its work."""

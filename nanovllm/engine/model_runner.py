@@ -152,7 +152,7 @@ class ModelRunner:
         self.memory.reserved = self.memory.step
         if has_graphs:
             trial = self.capture_graphs(config, max_num_blocks, is_trial=True)
-            self.memory.reserved += self.memory.graphs + trial.bytes_kept_by_cuda
+            self.memory.reserved += self.memory.graphs + trial.bytes_kept_by_cuda(self.ranks.size)
 
     @torch.inference_mode()
     def peak_of_step(self, num_tokens: int, num_sampled: int) -> int:

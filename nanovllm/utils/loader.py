@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from nanovllm.layers.embed_head import Embedding, LMHead
@@ -110,7 +111,7 @@ def load_model(model: nn.Module, path: Path) -> None:
     pieces = {piece.name: piece for piece in checkpoint_pieces(model)}
     found = {name: (file, shape) for file in weight_files(path) for name, shape in tensor_shapes(file)}
     check_complete(pieces, {name: shape for name, (_, shape) in found.items()}, path)
-    for name, piece in pieces.items():
+    for name, piece in tqdm(pieces.items(), desc="Loading weights", unit=" tensors", delay=5):  # silent if it is quick
         if name in found:  # else it is tied to one that is
             file, _ = found[name]
             # A file is mapped into memory, and what has been read of it counts as ours until it is closed. To open it

@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.bench.gpu import qwen3_folder
 from tests.conftest import SIZES, save_random_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -54,6 +55,21 @@ def test_two_gpus_overlap_steps(tiny_qwen3_path):
     answers.append([a["token_ids"] for a in llm.generate(prompts, params, use_tqdm=False)])
     assert answers[0] == answers[1]
     llm.close()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_graphs_take_no_more_than_was_reserved_for_them(size):
+    """What ranks exchange in a graph takes memory, too."""
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    with qwen3_folder() as path:
+        llm = LLM(
+            path, load_format="dummy", max_num_batched_tokens=16_384, max_model_len=4096, tensor_parallel_size=size
+        )
+    memory = llm.engine.model_runner.memory
+    llm.close()
+    reserved = memory.reserved - memory.step
+    assert 0.5 * reserved < memory.graphs <= reserved, memory
 
 
 def test_the_cache_is_as_large_as_the_smaller_one(tiny_qwen3_path):
