@@ -66,13 +66,27 @@ def test_an_engine_has_a_graph_for_each_of_its_steps(seed):
     """Whatever its budget, its longest context, and how the tokens of a step are spread over sequences."""
     rng = random.Random(seed)
     for _ in range(300):
-        most, longest = rng.choice([1, 9, 64, 100, 200, 512, 600, 1500, 20_000]), rng.choice([60, 500, 2000, 40_960])
+        most = rng.choice([1, 9, 64, 100, 200, 512, 600, 1500, 20_000])
+        longest = rng.choice([60, 500, 2000, 40_960, rng.randint(60, 3000)])
         chunks, left = [], rng.randint(1, most)
+        largest = rng.choice([2, 3, 40, longest])
         while left > 0:
-            n = min(left, rng.choice([1, rng.randint(1, longest)]))
+            n = min(left, rng.choice([largest, rng.randint(1, largest)]))
             chunks.append((n, rng.choice([n, longest, rng.randint(n, longest)])))
             left -= n
-        num_tokens = sum(n for n, _ in chunks)
-        in_pieces = takes_pieces(num_tokens, [chunk for chunk in chunks if chunk[0] > 1])
-        buckets = piecewise_buckets_up_to(most, longest) if in_pieces else buckets_up_to(most)
-        assert bucket_of(num_tokens, in_pieces) in [*buckets, None]
+        assert_there_is_a_graph(chunks, most, longest)
+
+
+def test_an_engine_has_a_graph_for_many_short_chunks_at_the_end_of_long_contexts():
+    """They cost the most in one graph: the pieces of a size may be needed for these alone."""
+    for longest in [*range(60, 400, 4), *range(1000, 2500, 8)]:
+        for size in (64, 128, 256, 384, 512):
+            for n in (2, 3, 8, 32, 60):
+                assert_there_is_a_graph([(n, longest)] * (size // n), size, longest)
+
+
+def assert_there_is_a_graph(chunks: list[tuple[int, int]], most: int, longest: int) -> None:
+    num_tokens = sum(n for n, _ in chunks)
+    in_pieces = takes_pieces(num_tokens, [chunk for chunk in chunks if chunk[0] > 1])
+    buckets = piecewise_buckets_up_to(most, longest) if in_pieces else buckets_up_to(most)
+    assert bucket_of(num_tokens, in_pieces) in [*buckets, None]

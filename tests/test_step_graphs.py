@@ -123,7 +123,7 @@ def test_a_large_step(request, replaying, model_path, in_pieces, overlaps):
     def watched(inputs):
         launched = run(inputs)
         if len(inputs.input_ids) > BUCKETS[-1]:
-            assert launched.graph == ({"bucket": 640, "padding": 40} if in_pieces else None)
+            assert launched.graph == ({"bucket": 640, "padding": 40, "in_pieces": True} if in_pieces else None)
             in_flight.append(int((inputs.input_ids == IN_FLIGHT).sum()))
         return launched
 
@@ -146,7 +146,8 @@ def test_small_steps_in_pieces(replaying, model_path, monkeypatch, overlaps):
     def watched(inputs):
         launched, num_tokens = run(inputs), len(inputs.input_ids)
         in_pieces = rule(num_tokens, [(n, 0) for n in inputs.num_new if n > 1])
-        assert launched.graph["bucket"] == bucket_of(num_tokens, in_pieces)
+        bucket = bucket_of(num_tokens, in_pieces)
+        assert launched.graph == {"bucket": bucket, "padding": bucket - num_tokens, "in_pieces": in_pieces}
         seen.add((in_pieces, len(set(inputs.num_new)) > 1, bool((inputs.input_ids == IN_FLIGHT).any())))
         return launched
 
@@ -277,11 +278,10 @@ def test_a_trace_tells_which_graph_was_replayed(replaying):
     with llm.trace() as trace:
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     prefill, decode = trace.steps[:2]
-    assert prefill.num_tokens == 182 and prefill.graph == {
-        "bucket": 256,
-        "padding": 74,
-    }  # in pieces; the rest is shared
-    assert decode.graph == {"bucket": 8, "padding": 1}
+    assert prefill.num_tokens == 182  # the rest is shared
+    assert prefill.graph == {"bucket": 256, "padding": 74, "in_pieces": True}
+    assert decode.graph == {"bucket": 8, "padding": 1, "in_pieces": False}
     with llm.trace() as trace:
         llm.generate([[i % 250 for i in range(7, 600)]], GREEDY, use_tqdm=False)
-    assert [step.graph for step in trace.steps[:2]] == [{"bucket": 640, "padding": 63}, {"bucket": 1, "padding": 0}]
+    buckets = [(640, 63, True), (1, 0, False)]
+    assert [tuple(step.graph.values()) for step in trace.steps[:2]] == buckets

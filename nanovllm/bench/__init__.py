@@ -101,13 +101,12 @@ def run(
 
 
 def measure_cpu(report: Report, path: Path, load_format: str, size: Size, only_trace: bool) -> None:
-    """All that is measured on a CPU."""
+    """All that is measured on a CPU: Python alone at first, while the process holds no other models and their garbage."""
+    measure_tracing(report, size)
     if not only_trace:
+        measure_planning(report, size)
         for dtype in size.dtypes:
             measure_steps(report, path, load_format, dtype, size)
         for dtype in size.dtypes:
             measure_serving(report, path, load_format, dtype, size)
-        measure_planning(report, size)
-    measure_tracing(report, size)
-    if not only_trace:
         measure_memory(report, path, load_format)

@@ -9,9 +9,9 @@ from collections.abc import Collection
 # Graphs of whole steps. Rounding up costs at most seven rows of padding, which a GPU hardly notices.
 BUCKETS = [1, 2, 4, *range(8, 513, 8)]
 
-# Graphs in pieces, with attention between them. For up to 512 tokens few sizes will do: to launch attention takes longer than
-# to multiply some rows more. Then eight to a doubling: at most a ninth of the rows are padding. Still larger steps keep
-# any GPU busy for longer than Python needs to launch them.
+# Graphs in pieces, with attention between them. For up to 512 tokens few sizes will do: to launch attention takes longer
+# than to multiply some rows more. Then eight to a doubling: at most a ninth of the rows are padding. Still larger steps
+# keep any GPU busy for longer than Python needs to launch them.
 PIECEWISE_BUCKETS = [64, 128, 256, 384, 512] + [
     size * eighths // 8 for size in (512, 1024, 2048, 4096) for eighths in range(9, 17)
 ]
@@ -47,5 +47,5 @@ def buckets_up_to(most: int) -> list[int]:
 def piecewise_buckets_up_to(most: int, longest: int) -> list[int]:
     """Those in pieces that it needs, if no context has more than `longest` tokens."""
     buckets = PIECEWISE_BUCKETS[: bisect_left(PIECEWISE_BUCKETS, most) + 1]
-    # If any step of so many tokens takes pieces, then a single chunk at the end of the longest context does.
-    return [size for size in buckets if takes_pieces(size, [(size, max(size, longest))])]
+    # No step of so many tokens costs more in one graph, beside pieces, than chunks of two at the end of long contexts.
+    return [size for size in buckets if takes_pieces(size, [(2, longest)] * (size // 2))]

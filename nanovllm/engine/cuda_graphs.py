@@ -7,8 +7,8 @@ contents of the tensors that were used at capture. So the number of tokens is ro
 
 In a graph each token is a row by itself: it has a block table of its own, that of its sequence, and looks back on all
 positions up to its own. So a graph does not care whose tokens they are: decodes, the chunks of short prompts, or both.
-That works because a layer stores the keys and values of all tokens before any of them attends. (Steps in which it would be
-slow, of more than 512 tokens or behind long contexts, replay `piecewise_graphs.py`.)
+That works because a layer stores the keys and values of all tokens before any of them attends. (Steps in which it would
+be slow, such as long chunks, go by `piecewise_graphs.py`; `buckets.py` tells which.)
 """
 
 import gc
@@ -25,8 +25,8 @@ from nanovllm.engine.buckets import bucket_of, buckets_up_to, piecewise_buckets_
 from nanovllm.engine.piecewise_graphs import PiecewiseGraphs
 from nanovllm.utils.context import Context, use_context
 
-# What CUDA itself keeps of a recording, rounded up: for each layer in one of a whole step, and for each piece. On an H100
-# 48 kB and 130 kB, with the sizes of Qwen3-0.6B.
+# What CUDA itself keeps of a recording, rounded up: for each layer in one of a whole step, and for each piece. On an
+# H100 it was 48 and 130 kB, with the sizes of Qwen3-0.6B.
 BYTES_PER_LAYER = 64 << 10
 BYTES_PER_PIECE = 256 << 10
 
@@ -106,13 +106,12 @@ class StepGraphs:
 
     def bytes_kept_by_cuda(self, num_ranks: int) -> int:
         """What CUDA and NCCL will keep for the graphs of all sizes, beside the memory that these share."""
-        num_layers = len(self.piecewise.layers)
-        num_exchanges = 2 * num_layers * (len(self.buckets) + len(self.piecewise.buckets)) if num_ranks > 1 else 0
-        num_whole, num_pieces = len(self.buckets) + len(self.sample_buckets), len(self.piecewise.buckets) * (
-            num_layers + 1
-        )
-        kept = num_whole * num_layers * BYTES_PER_LAYER + num_pieces * BYTES_PER_PIECE
-        return kept + num_exchanges * BYTES_PER_EXCHANGE
+        num_layers, num_in_pieces = len(self.piecewise.layers), len(self.piecewise.buckets)
+        kept = (len(self.buckets) + len(self.sample_buckets)) * num_layers * BYTES_PER_LAYER
+        kept += num_in_pieces * (num_layers + 1) * BYTES_PER_PIECE
+        if num_ranks > 1:  # an exchange after attention and one after the MLP
+            kept += (len(self.buckets) + num_in_pieces) * num_layers * 2 * BYTES_PER_EXCHANGE
+        return kept
 
     def capture_model(self, bucket: int, stream: torch.cuda.Stream) -> None:
         self.graphs[bucket] = self.record(self.run_model, bucket, stream)

@@ -243,7 +243,8 @@ class ModelRunner:
         launched = self.sample(inputs, hidden_states)
         sampled = perf_counter()
         launched.times = {"prepare": prepared - start, "forward": computed - prepared, "sample": sampled - computed}
-        launched.graph = None if bucket is None else {"bucket": bucket, "padding": bucket - num_tokens}
+        if bucket is not None:
+            launched.graph = {"bucket": bucket, "padding": bucket - num_tokens, "in_pieces": in_pieces}
         return launched
 
     def update_tables(self, inputs: StepInputs) -> None:

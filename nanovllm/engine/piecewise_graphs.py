@@ -1,10 +1,11 @@
 """Piecewise CUDA graphs: for steps in which attention must know whose the tokens are.
 
 In a graph of `StepGraphs` each token is a row by itself, and reads its whole context alone. For the hundreds of tokens of
-a prompt, or a few dozen behind a long context, that is a waste: they should share what is read, a tile of them to a program. But how many sequences and
-tiles there are differs from step to step, and a graph has no room for that. Everything else asks only for the number of
-tokens: products, norms, rotations. So here the recording *stops* at every attention layer, and another one begins behind
-it. A model of L layers gives L + 1 pieces; a step replays them in order, and launches attention in between.
+a prompt, or a few dozen behind a long context, that is a waste: they should share what is read, a tile of them to a
+program. But how many sequences and tiles there are differs from step to step, and a graph has no room for that.
+Everything else asks only for the number of tokens: products, norms, rotations. So here the recording *stops* at every
+attention layer, and another one begins behind it. A model of L layers gives L + 1 pieces; a step replays them in order,
+and launches attention in between.
 
 (The name is vLLM's, where a compiler cuts the model's code at attention. Here the model is cut while it runs: for as long
 as it is recorded, its attention layers have a backend that, in the place of attending, ends a piece.)

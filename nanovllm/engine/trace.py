@@ -88,7 +88,7 @@ class Step:
     event_rows: list[EventRow]
     sampled: dict[int, int]
     times: dict[str, float]  # seconds for each phase of a step, see docs/api.md; empty between steps
-    graph: dict[str, int] | None = None  # {"bucket", "padding"} if a CUDA graph was replayed
+    graph: dict[str, int] | None = None  # {"bucket", "padding", "in_pieces"} if one was replayed
     error: str | None = None  # what made the step fail
 
     @property

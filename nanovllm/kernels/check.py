@@ -1,4 +1,4 @@
-"""Which attention backend "auto" is, and whether it and the small kernels compute what they should on this very device."""
+"""Which attention backend "auto" is, and whether it and the small kernels are right on this very device."""
 
 import logging
 from types import ModuleType
@@ -101,7 +101,10 @@ def check(
 def check_small_kernels(
     layers: ModuleType, sampler: ModuleType, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Compare `triton_layers` and `triton_sampler` with the plain layers, on a CPU. RuntimeError, with a name, if they differ."""
+    """Compare `triton_layers` and `triton_sampler` with the plain layers on a CPU. RuntimeError, with a name, if they differ.
+
+    `layers` and `sampler` are those modules.
+    """
     numbers = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
