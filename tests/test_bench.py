@@ -64,6 +64,8 @@ def report(model_path, out) -> Report:
 def test_every_part_is_measured(report):
     assert [record["measurement"] for record in report.records] == [
         "environment",
+        "recording a trace, 8 sequences (median of 3 pairs)",
+        "planning a step, 16 sequences (median)",
         "decode step, batch 1",
         "decode step, batch 4",
         "prefill, 40 tokens",
@@ -71,8 +73,6 @@ def test_every_part_is_measured(report):
         "7 requests, against generate",
         "7 requests, against generate_batch",
         "5 requests that share 64 tokens, against generate",
-        "planning a step, 16 sequences (median)",
-        "recording a trace, 8 sequences (median of 3 pairs)",
         "peak memory beyond imports, model and KV cache",
     ]
 

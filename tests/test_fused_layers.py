@@ -126,30 +126,55 @@ def test_the_kernels_pass_their_check(dtype):
 
 @somewhere
 @pytest.mark.parametrize(
-    "kernel, name",
-    [("rms_norm", "rms_norm"), ("rotate", "rotate"), ("silu_and_mul", "silu_and_mul"), ("sample", "the sampler")],
+    "kernel, is_wrong, name",
+    [
+        ("rms_norm", lambda *args: len(args) == 3, "rms_norm"),
+        ("rms_norm", lambda *args: len(args) == 4, "rms_norm of a sum"),
+        ("rotate", lambda *args: len(args) == 3, "rotate"),
+        ("rotate", lambda *args: len(args) > 3, "rotate with norms"),
+        ("silu_and_mul", lambda *args: True, "silu_and_mul"),
+    ],
 )
-def test_a_kernel_that_is_wrong_does_not_pass(monkeypatch, kernel, name):
-    module = triton_sampler if kernel == "sample" else triton_layers
-    right = getattr(module, kernel)
-    monkeypatch.setattr(module, kernel, lambda *args: right(*args) + 1)
-    with pytest.raises(RuntimeError, match=f"^{name} "):
+def test_a_kernel_that_is_a_little_wrong_does_not_pass(monkeypatch, kernel, is_wrong, name):
+    """With what is optional or without, by 5 %."""
+    right = getattr(triton_layers, kernel)
+    monkeypatch.setattr(triton_layers, kernel, lambda *args: right(*args) * (1.05 if is_wrong(*args) else 1))
+    with pytest.raises(RuntimeError, match=f"^{name} differs from the plain layer by 5.0%"):
+        check_small_kernels(triton_layers, triton_sampler, torch.float32, DEVICE)
+
+
+@somewhere
+def test_a_kernel_that_leaves_no_sum_does_not_pass(monkeypatch):
+    right = triton_layers.rms_norm
+    monkeypatch.setattr(triton_layers, "rms_norm", lambda x, *args: right(x.clone(), *args))
+    with pytest.raises(RuntimeError, match="^the sum differs"):
+        check_small_kernels(triton_layers, triton_sampler, torch.float32, DEVICE)
+
+
+@somewhere
+@pytest.mark.parametrize("is_random", [False, True])
+def test_a_sampler_that_is_wrong_does_not_pass(monkeypatch, is_random):
+    """Greedy rows alone, or random ones alone."""
+    right = triton_sampler.sample
+
+    def sample(logits, temperature, bits):
+        return right(logits, temperature, bits) + ((temperature > 0) == is_random)
+
+    monkeypatch.setattr(triton_sampler, "sample", sample)
+    with pytest.raises(RuntimeError, match="^the sampler has drawn"):
         check_small_kernels(triton_layers, triton_sampler, torch.float32, DEVICE)
 
 
 def test_kernels_that_are_wrong_or_do_not_run_are_done_without(monkeypatch, caplog):
     """Whatever Triton raises: the plain layers do the same, and a warning says so."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    tried = []
 
     def fail(layers, sampler, dtype, device):
-        tried.append(dtype)
         if dtype == torch.float16:
             raise ValueError("no such instruction")
 
     monkeypatch.setattr("nanovllm.kernels.check.check_small_kernels", fail)
-    assert fused_layers.__wrapped__() is None
-    assert tried == [torch.float32, torch.float16], "bfloat16 only where there is some"
+    assert fused_layers.__wrapped__(torch.float32) is triton_layers and not caplog.messages
+    assert fused_layers.__wrapped__(torch.float16) is None
     assert "take PyTorch's kernels: no such instruction" in caplog.text
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from nanovllm.config import Config
@@ -59,6 +60,14 @@ def tokens(n: int, seed: int = 0) -> list[int]:
 def load(path: Path, **settings) -> torch.nn.Module:
     arguments = dict(dtype=torch.float32, device="cpu") | settings
     return build_model(AutoConfig.from_pretrained(path), path, **arguments)
+
+
+def test_weights_that_take_long_have_a_bar(tiny_qwen3_path, monkeypatch, capsys):
+    load(tiny_qwen3_path)
+    assert not capsys.readouterr().err, "these take no time"
+    monkeypatch.setattr("nanovllm.utils.loader.tqdm", lambda todo, delay, **about: tqdm(todo, delay=0 * delay, **about))
+    load(tiny_qwen3_path)
+    assert "Loading weights: 100%" in capsys.readouterr().err
 
 
 @torch.inference_mode()

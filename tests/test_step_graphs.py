@@ -15,7 +15,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import buckets, cuda_graphs, model_runner
-from nanovllm.engine.buckets import BUCKETS, bucket_of
+from nanovllm.engine.buckets import BUCKETS, PIECEWISE_BUCKETS, bucket_of
 from nanovllm.engine.overlap import Overlap
 from nanovllm.engine.step_inputs import IN_FLIGHT
 from nanovllm.kernels import torch_attention
@@ -104,7 +104,7 @@ def test_sequences_that_grow_as_long_as_they_may(replaying, model_path, overlaps
 @pytest.fixture
 def no_pieces(monkeypatch):
     """Steps of more than 512 tokens run eagerly, as those of more than 8,192 do: so many are slow to test on a CPU."""
-    monkeypatch.setattr(buckets, "PIECEWISE_BUCKETS", [0])
+    monkeypatch.setattr(buckets, "PIECEWISE_BUCKETS", [0])  # no step is so small
     monkeypatch.setattr(cuda_graphs, "piecewise_buckets_up_to", lambda most, longest: [])
 
 
@@ -135,9 +135,15 @@ def test_a_large_step(request, replaying, model_path, in_pieces, overlaps):
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_small_steps_in_pieces(replaying, model_path, monkeypatch, overlaps):
     """Chunks, here all that are more than a few tokens, beside decodes, whose tokens may be in flight; the rest is as ever."""
-    rule = lambda num_tokens, chunks: sum(n for n, _ in chunks) > 10  # noqa: E731
-    monkeypatch.setattr(buckets, "takes_pieces", rule)
+    asked = []
+
+    def rule(num_tokens, chunks):
+        asked.append((num_tokens, chunks))
+        return sum(n for n, _ in chunks) > 10
+
     monkeypatch.setattr(model_runner, "takes_pieces", rule)
+    every_size = lambda most, longest: [size for size in PIECEWISE_BUCKETS if size <= 128]  # noqa: E731
+    monkeypatch.setattr(cuda_graphs, "piecewise_buckets_up_to", every_size)
     plain = LLM(model_path, dtype="float32", device="cpu")
     expected = [a["token_ids"] for a in plain.generate(PROMPTS, GREEDY, use_tqdm=False)]
     llm = replaying(overlaps, max_num_batched_tokens=72)
@@ -145,7 +151,10 @@ def test_small_steps_in_pieces(replaying, model_path, monkeypatch, overlaps):
 
     def watched(inputs):
         launched, num_tokens = run(inputs), len(inputs.input_ids)
-        in_pieces = rule(num_tokens, [(n, 0) for n in inputs.num_new if n > 1])
+        chunks = [(n, seen) for n, seen in zip(inputs.num_new, inputs.context_lens) if n > 1]
+        assert asked == [(num_tokens, chunks)]
+        in_pieces = sum(n for n, _ in chunks) > 10
+        asked.clear()
         bucket = bucket_of(num_tokens, in_pieces)
         assert launched.graph == {"bucket": bucket, "padding": bucket - num_tokens, "in_pieces": in_pieces}
         seen.add((in_pieces, len(set(inputs.num_new)) > 1, bool((inputs.input_ids == IN_FLIGHT).any())))
@@ -261,6 +270,20 @@ def test_the_largest_graphs_are_recorded_first_with_a_bar(model_path, monkeypatc
     assert shown == [(name, bucket) for name, sizes in kinds.items() for bucket in sizes[: 1 if is_trial else None]]
     assert graphs.num_sizes == len(shown) and graphs.seconds > 0
     assert len(graphs.piecewise.pieces[640]) == len(graphs.piecewise.layers) + 1
+
+
+# Megabytes on H100s, with the sizes of Qwen3-0.6B (2026-11-27): what the largest graphs of each kind took with all buffers,
+# and what all graphs took in the end.
+TAKEN = [(1, 16_384, 430, 709), (2, 16_384, 396, 1483), (4, 16_384, 342, 1428), (2, 512, 256, 879), (4, 512, 222, 843)]
+
+
+@pytest.mark.parametrize("num_ranks, budget, largest, taken", TAKEN)
+def test_what_is_reserved_for_graphs_was_enough_where_it_was_measured(num_ranks, budget, largest, taken):
+    pieces = SimpleNamespace(buckets=buckets.piecewise_buckets_up_to(budget, longest=4096), layers=[None] * 28)
+    sizes = dict(buckets=buckets.buckets_up_to(budget), sample_buckets=buckets.buckets_up_to(256))
+    graphs = SimpleNamespace(piecewise=pieces, **sizes)
+    reserved = largest + cuda_graphs.StepGraphs.bytes_kept_by_cuda(graphs, num_ranks) / 1e6
+    assert 1.1 * taken < reserved < 1.4 * taken
 
 
 def test_closing_lets_go_of_graphs_at_once(replaying):

@@ -7,7 +7,6 @@ alone is a little faster, so a step may come out slightly below its floor.)
 """
 
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import LMHead
 from nanovllm.layers.linear import Linear
 from nanovllm.utils.checkpoint import load_hf_config
+from nanovllm.utils.children import environment_of_a_child
 
 if TYPE_CHECKING:
     from nanovllm.bench import Size
@@ -139,8 +139,10 @@ def measure_start_up(
         for cache in ("cold", "warm"):
             report.progress(f"start-up with a {cache} cache, in a process of its own")
             start = perf_counter()
-            command = [sys.executable, "-c", program, given]
-            output = subprocess.check_output(command, env=os.environ | {"TRITON_CACHE_DIR": empty}, text=True)
+            command, environment = [sys.executable, "-c", program, given], environment_of_a_child(
+                TRITON_CACHE_DIR=empty
+            )
+            output = subprocess.check_output(command, env=environment, text=True)
             details = json.loads(output.splitlines()[-1]) | {"whole_process_s": round(perf_counter() - start, 1)}
             report.add(gpu_record(f"start-up, {cache} cache", details.pop("seconds"), "s", dtype) | details)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench.report import Report
 from nanovllm.utils.checkpoint import load_hf_config
+from nanovllm.utils.children import environment_of_a_child
 
 STATUS = Path("/proc/self/status")
 BAR = 500  # MB beyond model and KV cache
@@ -23,7 +24,8 @@ def measure_memory(report: Report, path: Path, load_format: str) -> None:
         return
     report.progress("peak memory, in a process of its own")
     program = "from nanovllm.bench.memory import main; main()"
-    megabytes = json.loads(subprocess.check_output([sys.executable, "-c", program, str(path), load_format]))
+    command, environment = [sys.executable, "-c", program, str(path), load_format], environment_of_a_child()
+    megabytes = json.loads(subprocess.check_output(command, env=environment))
     report.add(
         {
             "measurement": "peak memory beyond imports, model and KV cache",

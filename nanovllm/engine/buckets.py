@@ -20,9 +20,10 @@ PIECEWISE_BUCKETS = [64, 128, 256, 384, 512] + [
 def takes_pieces(num_tokens: int, chunks: Collection[tuple[int, int]]) -> bool:
     """Whether a step had better replay pieces than one graph.
 
-    `chunks` has, for each sequence with several new tokens, how many they are and how long its context is with them.
-    Decodes cost the same either way. The costs are in units of what it takes to read the keys and values of one token in
-    all layers: 14 ns for Qwen3-0.6B on an H100, where 36 kinds of steps were timed both ways (docs/performance.md).
+    `chunks` has, for each sequence with several new tokens, how many they are and how long its context is with them;
+    decodes have rows of their own either way. The costs are in units of what it takes to read the keys and values of one
+    token in all layers: 14 ns for Qwen3-0.6B on an H100, where 36 kinds of steps were timed both ways
+    (docs/performance.md). For other models and GPUs they are taken to be in the same proportion.
     """
     if num_tokens > BUCKETS[-1]:
         return True

@@ -30,7 +30,7 @@ from nanovllm.utils.context import Context, use_context
 BYTES_PER_LAYER = 64 << 10
 BYTES_PER_PIECE = 256 << 10
 
-# And NCCL, where there are several ranks, for each exchange in it: 100 to 130 kB with two and with four H100s.
+# And NCCL, where there are several ranks, of each exchange in it: some 130 kB with two H100s and with four.
 BYTES_PER_EXCHANGE = 160 << 10
 
 
@@ -107,10 +107,11 @@ class StepGraphs:
     def bytes_kept_by_cuda(self, num_ranks: int) -> int:
         """What CUDA and NCCL will keep for the graphs of all sizes, beside the memory that these share."""
         num_layers, num_in_pieces = len(self.piecewise.layers), len(self.piecewise.buckets)
-        kept = (len(self.buckets) + len(self.sample_buckets)) * num_layers * BYTES_PER_LAYER
-        kept += num_in_pieces * (num_layers + 1) * BYTES_PER_PIECE
-        if num_ranks > 1:  # an exchange after attention and one after the MLP
-            kept += (len(self.buckets) + num_in_pieces) * num_layers * 2 * BYTES_PER_EXCHANGE
+        kept = len(self.buckets) * num_layers * BYTES_PER_LAYER
+        kept += (num_in_pieces * (num_layers + 1) + len(self.sample_buckets)) * BYTES_PER_PIECE  # these are as small
+        if num_ranks > 1:  # after the embedding, after each attention and each MLP; and before a sampler
+            num_exchanges = (len(self.buckets) + num_in_pieces) * (2 * num_layers + 1) + len(self.sample_buckets)
+            kept += num_exchanges * BYTES_PER_EXCHANGE
         return kept
 
     def capture_model(self, bucket: int, stream: torch.cuda.Stream) -> None:

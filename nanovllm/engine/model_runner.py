@@ -105,7 +105,9 @@ class ModelRunner:
         attention = [module for module in self.model.modules() if isinstance(module, Attention)]
         heads = (attention[0].num_heads, attention[0].num_kv_heads, attention[0].head_dim)
         backend = choose_backend(config.attention_backend, *heads, config.block_size, self.dtype, self.device)
-        self.has_sampling_kernel = self.device.type == "cuda" and fused_layers() is not None  # Triton works here
+        self.has_sampling_kernel = (
+            self.device.type == "cuda" and fused_layers(self.dtype) is not None
+        )  # Triton works here
         # The torch backend plans with numbers that it reads back from the GPU, which a graph cannot.
         has_graphs = self.has_sampling_kernel and backend is not torch_attention and not config.enforce_eager
         # All ranks or none: they talk inside of graphs.
@@ -219,9 +221,8 @@ class ModelRunner:
         """`launch`, once the batch has become numbers. Every rank makes the same call."""
         start = perf_counter()
         self.update_tables(inputs)
-        num_tokens, is_chunk = len(inputs.input_ids), inputs.num_new > 1
-        chunks = list(zip(inputs.num_new[is_chunk].tolist(), inputs.context_lens[is_chunk].tolist()))
-        in_pieces = takes_pieces(num_tokens, chunks)
+        num_tokens = len(inputs.input_ids)
+        in_pieces = self.graphs is not None and takes_pieces(num_tokens, inputs.chunks)
         bucket = None if self.graphs is None else bucket_of(num_tokens, in_pieces)
         rows = inputs.rows[inputs.owner]  # [num_tokens]
         if self.graphs is None or bucket is None:

@@ -31,6 +31,7 @@ from nanovllm.engine.rank import Report, serve
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.step_inputs import InputCollector
 from nanovllm.engine.torchrun import accept, connect, is_torchrun
+from nanovllm.utils.children import environment_of_a_child
 from nanovllm.utils.interrupts import interrupts_deferred
 
 logger = logging.getLogger(__name__)
@@ -44,17 +45,16 @@ def make_runner(config: Config, hf_config: PretrainedConfig, path: Path) -> Any:
 
     In a process that torchrun has started as another rank than the first, this does the rank's work, and then exits.
     """
-    size, world_size = config.tensor_parallel_size, int(os.environ["WORLD_SIZE"]) if is_torchrun() else None
+    size, world_size = config.tensor_parallel_size, int(os.environ["WORLD_SIZE"]) if is_torchrun() else 1
     if size == 1:
-        if world_size is not None and world_size > 1:
+        if world_size > 1:
             logger.warning(
-                "torchrun has started %d processes, but tensor_parallel_size is 1: each makes an engine of its own, with the "
-                "whole model, here on device %r; to share it say tensor_parallel_size=%d",
-                *(world_size, config.device, world_size),
+                f"torchrun has started {world_size} processes, but tensor_parallel_size is 1: each makes an engine of its own, "
+                f"with the whole model, here on device {config.device!r}; to share it say tensor_parallel_size={world_size}"
             )
         return ModelRunner(config, hf_config, path)
     check_shares(hf_config, size)
-    if world_size is not None:
+    if is_torchrun():
         if world_size != size:
             raise ValueError(f"torchrun has started {world_size} processes, but tensor_parallel_size is {size}")
         if (rank := int(os.environ["RANK"])) > 0:
@@ -148,24 +148,20 @@ class ParallelRunner:
     @interrupts_deferred()
     def start(self, config: Config, path: Path, store: str | None, num_children: int) -> None:
         """Start ranks as processes, which share as many threads as this one has."""
-        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_children)),
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "PYTHONSAFEPATH": "1",  # a `random.py` in the current folder is none of theirs
-        }
+        environment = environment_of_a_child(OMP_NUM_THREADS=str(max(1, torch.get_num_threads() // num_children)))
         if store is not None:  # all on this computer, whatever it is called in whatever network it is in
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         config = replace(config, scheduler=None)  # that may be a class of the user's, and they have no use for it
+        shown = os.dup(2)  # the first rank's progress bars are seen where ours would be, and stand for all
         for rank in range(num_children):
             ours, theirs = Pipe()
             log = tempfile.TemporaryFile()
             process = subprocess.Popen(
-                [sys.executable, "-m", "nanovllm.engine.rank", str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", "nanovllm.engine.rank", *map(str, (theirs.fileno(), os.getpid(), shown))],
+                pass_fds=[theirs.fileno(), shown],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
-                stderr=log if rank else None,  # the first one's progress bars are seen, and stand for all
+                stderr=log,
                 env=environment,
                 start_new_session=True,  # Ctrl-C in a terminal, or Jupyter's stop button, is for us alone
             )
@@ -173,6 +169,7 @@ class ParallelRunner:
             self.processes.append(process)
             self.connections.append(ours)
             self.logs.append(log)
+        os.close(shown)
         for rank, connection in enumerate(self.connections):
             self.tell(connection, pickle.dumps((rank, config, path, store)))
 

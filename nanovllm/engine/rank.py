@@ -120,10 +120,13 @@ def die_with(parent: int) -> None:
 
 
 def main() -> None:
-    fd, parent = map(int, sys.argv[1:])
+    fd, parent, shown = map(int, sys.argv[1:])
     threading.Thread(target=die_with, args=[parent], daemon=True).start()
     connection = Connection(fd)
-    status = serve(connection, *connection.recv())
+    rank, *rest = connection.recv()
+    if rank == 0:  # what Python writes is shown; what libraries write goes to the log, as that of the others
+        sys.stderr = open(shown, "w", buffering=1)
+    status = serve(connection, rank, *rest)
     os._exit(status)  # at once: the others learn that it has gone when its sockets close
 
 

@@ -30,6 +30,12 @@ class StepInputs:
     positions: np.ndarray  # [num_tokens]: where in its sequence it stands
     input_ids: np.ndarray  # [num_tokens]; `IN_FLIGHT` for one that a step in flight samples
 
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """Of each sequence with several new tokens: how many they are, and how long its context is with them."""
+        is_chunk = self.num_new > 1
+        return list(zip(self.num_new[is_chunk].tolist(), self.context_lens[is_chunk].tolist()))
+
 
 class InputCollector:
     """Makes a step's inputs, and remembers for each row how much of its block table has been told."""

@@ -107,17 +107,15 @@ def refuse_flash_attention(
 
 
 @cache
-def fused_layers() -> ModuleType | None:
-    """The small operations of a layer as Triton kernels; None where they, or the sampler's, do not work.
+def fused_layers(dtype: torch.dtype) -> ModuleType | None:
+    """The small operations of a layer as Triton kernels; None where they, or the sampler's, do not work with `dtype`.
 
-    For tensors on a GPU only. They are tried once, on the GPU that is torch's current one.
+    For tensors on a GPU only. They are tried once, with small sizes, on the GPU that is torch's current one.
     """
     try:
         layers, sampler = (import_module(f"nanovllm.kernels.triton_{name}") for name in ("layers", "sampler"))
         check = import_module("nanovllm.kernels.check")  # which imports the layers, and they import this
-        has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
-        for dtype in (torch.float32, torch.bfloat16 if has_bfloat16 else torch.float16):
-            check.check_small_kernels(layers, sampler, dtype, "cuda")
+        check.check_small_kernels(layers, sampler, dtype, "cuda")
         return layers
     except torch.cuda.OutOfMemoryError:
         raise

@@ -11,7 +11,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
     `gate_up` is `[num_tokens, 2 * size]`, both halves of one matrix product; returns `[num_tokens, size]`.
     """
-    if gate_up.is_cuda and (fused := fused_layers()):
+    if gate_up.is_cuda and (fused := fused_layers(gate_up.dtype)):
         return fused.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

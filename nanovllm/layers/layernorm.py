@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
 
         A sum and the norm of it read and write the residual stream once on a GPU, in one kernel instead of two.
         """
-        if x.is_cuda and (fused := fused_layers()):
+        if x.is_cuda and (fused := fused_layers(x.dtype)):
             return fused.rms_norm(x, self.weight, self.eps, delta)
         if delta is not None:
             x += delta

@@ -41,7 +41,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     A pair (a, b) becomes (a cos - b sin, b cos + a sin): rolling by half a head puts b in a's place and a in b's, and
     the minus is in the first half of `sin`.
     """
-    if x.is_cuda and (fused := fused_layers()):
+    if x.is_cuda and (fused := fused_layers(x.dtype)):
         return fused.rotate(x, cos, sin)
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
@@ -54,7 +54,7 @@ def norm_and_rotate(
 
     `qk` is `[num_tokens, num_queries + num_keys, head_dim]`; so is what it returns. On a GPU all of it is one kernel.
     """
-    if qk.is_cuda and (fused := fused_layers()):
+    if qk.is_cuda and (fused := fused_layers(qk.dtype)):
         return fused.rotate(qk, cos, sin, num_queries, q_norm.weight, k_norm.weight, q_norm.eps)
     q, k = qk[:, :num_queries], qk[:, num_queries:]
     return rotate(torch.cat((q_norm(q), k_norm(k)), dim=1), cos, sin)
