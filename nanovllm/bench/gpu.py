@@ -84,7 +84,8 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
     hf_config = load_hf_config(path)
     dtype = resolve_dtype("auto", hf_config, torch.device("cuda"))
     limits = measure_limits(report, dtype)
-    model = {"head_dim": hf_config.hidden_size // hf_config.num_attention_heads} | hf_config.to_dict()
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    model = hf_config.to_dict() | {"head_dim": head_dim}
     measure_kernels(report, limits, model)
     measure_fused(report, limits, model)
     common = SETTINGS | {"max_model_len": min(SETTINGS["max_model_len"], hf_config.max_position_embeddings)}
@@ -139,10 +140,8 @@ def measure_start_up(
         for cache in ("cold", "warm"):
             report.progress(f"start-up with a {cache} cache, in a process of its own")
             start = perf_counter()
-            command, environment = [sys.executable, "-c", program, given], environment_of_a_child(
-                TRITON_CACHE_DIR=empty
-            )
-            output = subprocess.check_output(command, env=environment, text=True)
+            environment = environment_of_a_child(TRITON_CACHE_DIR=empty)
+            output = subprocess.check_output([sys.executable, "-c", program, given], env=environment, text=True)
             details = json.loads(output.splitlines()[-1]) | {"whole_process_s": round(perf_counter() - start, 1)}
             report.add(gpu_record(f"start-up, {cache} cache", details.pop("seconds"), "s", dtype) | details)
 

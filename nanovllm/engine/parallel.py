@@ -152,24 +152,25 @@ class ParallelRunner:
         if store is not None:  # all on this computer, whatever it is called in whatever network it is in
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         config = replace(config, scheduler=None)  # that may be a class of the user's, and they have no use for it
-        shown = os.dup(2)  # the first rank's progress bars are seen where ours would be, and stand for all
-        for rank in range(num_children):
-            ours, theirs = Pipe()
-            log = tempfile.TemporaryFile()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "nanovllm.engine.rank", *map(str, (theirs.fileno(), os.getpid(), shown))],
-                pass_fds=[theirs.fileno(), shown],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # Ctrl-C in a terminal, or Jupyter's stop button, is for us alone
-            )
-            theirs.close()
-            self.processes.append(process)
-            self.connections.append(ours)
-            self.logs.append(log)
-        os.close(shown)
+        # The first rank's progress bars are seen where ours would be, and stand for all.
+        with open(os.dup(2), "wb") as shown:
+            for rank in range(num_children):
+                ours, theirs = Pipe()
+                log = tempfile.TemporaryFile()
+                about = map(str, (theirs.fileno(), os.getpid(), shown.fileno()))
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "nanovllm.engine.rank", *about],
+                    pass_fds=[theirs.fileno(), shown.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C in a terminal, or Jupyter's stop button, is for us alone
+                )
+                theirs.close()
+                self.processes.append(process)
+                self.connections.append(ours)
+                self.logs.append(log)
         for rank, connection in enumerate(self.connections):
             self.tell(connection, pickle.dumps((rank, config, path, store)))
 
