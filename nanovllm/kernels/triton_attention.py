@@ -224,7 +224,7 @@ def blocks_of(block_tables, row, tile_begin, end, BLOCK_SIZE: tl.constexpr, TILE
 
 @triton.jit
 def scores_of(q, k, key_position, last_seen, has_hidden):
-    """Scores of a tile's keys, `[ROWS, TILE]`, -inf for those that a query may not see; some if `has_hidden`."""
+    """Scores of a tile's keys, `[ROWS, TILE]`: -inf where a query may not look, which happens only if `has_hidden`."""
     if MASKS_ALL:
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = tl.where(key_position[None, :] <= last_seen[:, None], scores, float("-inf"))
