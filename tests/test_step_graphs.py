@@ -151,7 +151,7 @@ def test_small_steps_in_pieces(replaying, model_path, monkeypatch, overlaps):
 
     def watched(inputs):
         launched, num_tokens = run(inputs), len(inputs.input_ids)
-        chunks = [(n, seen) for n, seen in zip(inputs.num_new, inputs.context_lens) if n > 1]
+        chunks = [(n, length) for n, length in zip(inputs.num_new, inputs.context_lens) if n > 1]
         assert asked == [(num_tokens, chunks)]
         in_pieces = sum(n for n, _ in chunks) > 10
         asked.clear()

@@ -33,7 +33,7 @@ from nanovllm.kernels import get_backend
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import LMHead
 from nanovllm.layers.linear import Linear
-from nanovllm.utils.checkpoint import load_hf_config
+from nanovllm.utils.checkpoint import head_dim_of, load_hf_config
 from nanovllm.utils.children import environment_of_a_child
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> N
     hf_config = load_hf_config(path)
     dtype = resolve_dtype("auto", hf_config, torch.device("cuda"))
     limits = measure_limits(report, dtype)
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    model = hf_config.to_dict() | {"head_dim": head_dim}
+    model = hf_config.to_dict() | {"head_dim": head_dim_of(hf_config)}
     measure_kernels(report, limits, model)
     measure_fused(report, limits, model)
     common = SETTINGS | {"max_model_len": min(SETTINGS["max_model_len"], hf_config.max_position_embeddings)}

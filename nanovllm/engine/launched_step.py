@@ -15,9 +15,7 @@ class LaunchedStep:
 
     def __init__(self, token_ids: torch.Tensor, likeliest: list["Likeliest"] | None = None) -> None:
         self.times: dict[str, float] = {}  # seconds for "prepare", "forward" and "sample"
-        self.graph: dict[str, int] | None = (
-            None  # "bucket", "padding", "in_pieces" of the CUDA graph, if one was replayed
-        )
+        self.graph: dict[str, int] | None = None  # "bucket", "padding", "in_pieces" if a CUDA graph was replayed
         self._token_ids = on_host(token_ids)  # [num_sampled]
         self._likeliest = likeliest or []
         self._arrived: torch.cuda.Event | None = None

@@ -93,7 +93,6 @@ class ModelRunner:
 
         # A row for each sequence that runs.
         num_rows = config.max_num_seqs
-        self.num_blocks = 0  # so far
         self.temperature = np.zeros(num_rows, np.float32)
         self.top_k = np.zeros(num_rows, np.int64)
         self.top_p = np.zeros(num_rows, np.float32)
@@ -105,9 +104,8 @@ class ModelRunner:
         attention = [module for module in self.model.modules() if isinstance(module, Attention)]
         heads = (attention[0].num_heads, attention[0].num_kv_heads, attention[0].head_dim)
         backend = choose_backend(config.attention_backend, *heads, config.block_size, self.dtype, self.device)
-        self.has_sampling_kernel = (
-            self.device.type == "cuda" and fused_layers(self.dtype) is not None
-        )  # Triton works here
+        # Where Triton works.
+        self.has_sampling_kernel = self.device.type == "cuda" and fused_layers(self.dtype) is not None
         # The torch backend plans with numbers that it reads back from the GPU, which a graph cannot.
         has_graphs = self.has_sampling_kernel and backend is not torch_attention and not config.enforce_eager
         # All ranks or none: they talk inside of graphs.
@@ -117,6 +115,7 @@ class ModelRunner:
         self.bytes_per_block = block_bytes(len(attention), *shape, self.dtype)
         longest = config.max_model_len or hf_config.max_position_embeddings
         max_num_blocks = -(-longest // config.block_size)
+        self.num_blocks = 0  # until it is known how much memory is left for them
         self.memory = MemoryUse()
         if self.device.type == "cuda":
             self.memory.weights = sum(parameter.nbytes for parameter in self.model.parameters())
@@ -176,12 +175,11 @@ class ModelRunner:
         positions = torch.arange(num_tokens, device=self.device)
         with use_context(context):
             hidden_states = self.model(torch.zeros_like(positions), positions)
-        if num_sampled:
-            # In the way that takes most: random, from a nucleus so wide that the whole vocabulary must be sorted.
-            rows = np.zeros(num_sampled, np.int64)
-            self.temperature[0], self.top_p[0], self.truncates[0] = 1e6, 0.999, True
-            self.choose(self.model.compute_logits(hidden_states[:num_sampled]), rows, rows)  # type: ignore[operator]
-            self.temperature[0], self.top_p[0], self.truncates[0] = 0, 0, False
+        # Sampled in the way that takes most: at random, from a nucleus so wide that the whole vocabulary must be sorted.
+        rows = np.zeros(num_sampled, np.int64)
+        self.temperature[0], self.top_p[0], self.truncates[0] = 1e6, 0.999, True
+        self.choose(self.model.compute_logits(hidden_states[:num_sampled]), rows, rows)  # type: ignore[operator]
+        self.temperature[0], self.top_p[0], self.truncates[0] = 0, 0, False
         return torch.cuda.max_memory_reserved(self.device) - before
 
     def capture_graphs(self, config: Config, max_num_blocks: int, is_trial: bool = False) -> StepGraphs:

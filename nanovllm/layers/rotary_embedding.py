@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from nanovllm.kernels import fused_layers
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.utils.checkpoint import head_dim_of
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -24,8 +25,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, hf_config: PretrainedConfig) -> None:
         super().__init__()
-        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-        inverse_frequencies = rope_inverse_frequencies(rope_settings(hf_config), head_dim)
+        inverse_frequencies = rope_inverse_frequencies(rope_settings(hf_config), head_dim_of(hf_config))
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,13 +10,14 @@ from nanovllm.layers.embed_head import Embedding, LMHead
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rotate
+from nanovllm.utils.checkpoint import head_dim_of
 from nanovllm.utils.ranks import Ranks
 
 
 class LlamaAttention(nn.Module):
     def __init__(self, config: PretrainedConfig, ranks: Ranks) -> None:
         super().__init__()
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim = head_dim_of(config)
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.num_heads, self.num_kv_heads = len(ranks.share(num_heads)), len(ranks.share(num_kv_heads))  # of this rank
         parts = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}

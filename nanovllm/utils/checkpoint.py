@@ -32,6 +32,11 @@ def load_hf_config(path: Path) -> PretrainedConfig:
         ) from error
 
 
+def head_dim_of(hf_config: PretrainedConfig) -> int:
+    """How many numbers an attention head has; many config.json leave it out where the heads share out the hidden size."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
 def load_eos_token_ids(path: Path, hf_config: PretrainedConfig) -> frozenset[int]:
     """The tokens that end an answer: those of generation_config.json, which is the later word, or of config.json."""
     eos = read_json(path / "generation_config.json").get("eos_token_id", hf_config.eos_token_id)
