@@ -134,7 +134,7 @@ def test_the_recorder_runs_through_on_a_tape(tmp_path, monkeypatch):
     """The real one but for the GPU: a tiny model, tapes in the place of CUDA graphs, no profiler."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     small = dict(device="cpu", dtype="float32", num_kv_blocks=64, max_num_batched_tokens=32, max_num_seqs=4)
-    sizes = dict(SETTINGS=small, BATCH_SIZES=(1, 2), DRAWN=(1,), CONTEXT_LEN=8, ROUNDS=1)
+    sizes = dict(SETTINGS=small, BATCH_SIZES=(1, 2), DRAWN=(1,), CONTEXT_LEN=8, ROUNDS=2, STEPS=1)
 
     def make(path, **settings):
         llm = LLM(path, **settings)
@@ -146,14 +146,18 @@ def test_the_recorder_runs_through_on_a_tape(tmp_path, monkeypatch):
         work()
         return from_profiler(EXPORTED)
 
-    changed = sizes | dict(LLM=make, profiled=profiled, qwen3_folder=lambda: nullcontext(tmp_path))
+    slow_for_a_while = iter([0.5, 0.25, 0.125, 1.5] + [1.0] * 4)  # batch 1 in the first round, batch 2 in the second
+    fastest = lambda work: (work(), next(slow_for_a_while))[1]
+    changed = sizes | dict(
+        LLM=make, profiled=profiled, fastest_seconds=fastest, qwen3_folder=lambda: nullcontext(tmp_path)
+    )
     for name, value in changed.items():
         monkeypatch.setattr(record, name, value)
     monkeypatch.setattr(record, "RECORDINGS", tmp_path)
     with chapter_05.in_the_place_of_cuda_graphs(chapter_05.Recorder):
         made = record.decode_step()
     assert made["timelines"].keys() == {"eager, batch 1", "graph, batch 1"}
-    assert made["seconds"]["eager"].keys() == {"1", "2"} and made["seconds"]["graph"].keys() == {"1", "2"}
+    assert made["seconds"] == {"eager": {"1": 0.125, "2": 0.25}, "graph": {"1": 1.0, "2": 1.0}}
     assert made["graphs"]["count"] == 7 + 3 and made["graphs"]["seconds"] > 0
     assert json.loads(record.write("05_decode_step", made).read_text()) == made
     assert "10 graphs and 0 pieces" in "\n".join(chapter_05.lines_of(made))

@@ -236,10 +236,8 @@ def test_transformers_keeps_the_same_tokens(temperature: float, top_k: int, top_
 
 def test_ties_at_the_edge_are_all_kept() -> None:
     logits = [1.0, 2.0, 1.0, 1.0, 0.0]
-    for settings in (
-        {"top_k": 2},
-        {"top_p": 0.5},
-    ):  # e / (e^2 + 3e + 1) is 0.16: the best token alone has less than 0.5
+    # The best token alone has e^2 / (e^2 + 3e + 1) = 0.446, less than 0.5.
+    for settings in ({"top_k": 2}, {"top_p": 0.5}):
         assert {sample_one(logits, u, **settings) for u in np.linspace(0, ALMOST_ONE, 101)} == {0, 1, 2, 3}
 
 

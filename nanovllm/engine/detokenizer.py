@@ -54,9 +54,7 @@ class Detokenizer:
     def _decode(self, token_id: int) -> str:
         """The text that the next token makes certain."""
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
-        if (
-            token_id in self._special or piece is None
-        ):  # None: the model's vocabulary may be larger than the tokenizer's
+        if token_id in self._special or piece is None:  # None: the model may know more ids than the tokenizer
             return ""
         self._window.append(token_id)
         if piece.startswith("<0x"):  # SentencePiece spells a rare character as a run of bytes, valid or not as a whole

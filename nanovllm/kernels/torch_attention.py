@@ -132,7 +132,13 @@ def attend_decodes(
     torch.index_select(k_cache.view(-1, head_dim), 0, group.cache_rows, out=group.key.view(-1, head_dim))
     torch.index_select(v_cache.view(-1, head_dim), 0, group.cache_rows, out=group.value.view(-1, head_dim))
     query = query.view(n, k_cache.size(2), -1, head_dim)  # [n, num_kv_heads, heads that share one, head_dim]
-    output = F.scaled_dot_product_attention(query, group.key, group.value, group.mask, scale=scale)
+    # The formula itself is faster in float32 on a CPU: steps of 16 to 48 decodes take 5 to 9 % less than with PyTorch's
+    # function. But between two products of 16-bit numbers it rounds the scores, and the function does not.
+    if query.dtype == torch.float32:
+        scores = (query * scale) @ group.key.transpose(2, 3) + group.mask  # [n, num_kv_heads, heads that share one, L]
+        output = scores.softmax(dim=-1) @ group.value
+    else:
+        output = F.scaled_dot_product_attention(query, group.key, group.value, group.mask, scale=scale)
     return output.reshape(n, num_heads, head_dim)
 
 

@@ -78,9 +78,8 @@ def rope_inverse_frequencies(settings: dict[str, Any], head_dim: int) -> torch.T
     if settings["rope_type"] == "default":
         return inverse_frequencies
     slow = inverse_frequencies / settings["factor"]
-    if (
-        settings["rope_type"] == "linear"
-    ):  # Chen et al. 2023, "Extending Context Window of LLMs via Position Interpolation"
+    # Chen et al. 2023, "Extending Context Window of LLMs via Position Interpolation"
+    if settings["rope_type"] == "linear":
         return slow
     # Llama 3.1: pairs that turned often within the original context keep their speed, those that hardly turned are
     # slowed down, and in between there is a smooth passage.
