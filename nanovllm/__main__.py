@@ -99,8 +99,9 @@ def run_lab(args: argparse.Namespace) -> None:
         raise ValueError(
             f"there is no {notebook}: the notebooks come with the repository; install it with `pip install -e .`"
         )
-    # Beside the kernels of other chapters, threads that wait for each other had better sleep soon than spin for long: on
-    # two cores a decode step takes 85 ms beside two more engines, not 430; alone 38, not 33. Inherited by the kernels.
+    # Beside the kernels of other chapters, threads that wait for each other had better sleep soon than spin for long:
+    # on two cores a decode step takes 85 ms beside two more engines, not 430; alone 38, not 33. Inherited by the
+    # kernels.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     resolve_model(None)  # fetched now, with a progress bar, so that the first cell need not wait for it
     options = [
@@ -178,9 +179,8 @@ def run_env(args: argparse.Namespace) -> None:
         gpu = torch.cuda.get_device_properties(i)
         print(f"GPU {i}: {gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 1e9:.0f} GB")
     if not torch.cuda.is_available():
-        print(
-            f"GPU: none ({f'torch is built for CUDA {torch.version.cuda}' if torch.version.cuda else 'a CPU build of torch'})"
-        )
+        build = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build of torch"
+        print(f"GPU: none ({build})")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ class Config:
         load_format: "auto" reads the checkpoint; "dummy" makes random weights, for benchmarks.
         dtype: "auto" is float32 on a CPU; on a GPU the checkpoint's, float16 below compute capability 8.0.
         device: "auto" is "cuda" if there is a GPU, else "cpu".
-        attention_backend: "torch", "triton" (GPUs), "flash_attn" (GPUs from 8.0 on, with the package and blocks of 256), or
-            "auto", which is triton on a GPU where it works, else torch.
+        attention_backend: "torch", "triton" (GPUs), "flash_attn" (GPUs from 8.0 on, with the package and blocks of
+            256), or "auto", which is triton on a GPU where it works, else torch.
         tensor_parallel_size: how many ranks share the model, each a process with a GPU, or on a CPU some of its cores.
         enforce_eager: no CUDA graphs, for stepping through. There are none on a CPU anyway.
 

@@ -48,7 +48,7 @@ class LLM:
 
     @property
     def engine(self) -> LLMEngine:
-        """The engine underneath, to look at: its `scheduler`, `block_manager`, `model_runner`, `tokenizer`, `config`."""
+        """The engine underneath, to look at: `scheduler`, `block_manager`, `model_runner`, `tokenizer`, `config`."""
         if self._engine is None:
             raise RuntimeError("this LLM has been closed; make a new one")
         return self._engine
@@ -223,7 +223,9 @@ class LLM:
 
     @contextmanager
     def _awaiting(self, requests: list[Request]) -> Iterator[None]:
-        """Deliver these requests ourselves. Those left are aborted: a cell was interrupted, a step failed, a loop was left."""
+        """Deliver these requests ourselves. Those left are aborted: a cell was interrupted, a step failed, a loop was
+        left.
+        """
         self._awaited.update(requests)
         try:
             yield

@@ -1,8 +1,9 @@
 """FlashAttention's functions on a CPU: what the documentation of flash_attn 2.8.3 says, in plain float64.
 
-They refuse what the real ones refuse (`csrc/flash_attn/flash_api.cpp`) as far as a backend could get it wrong, and leave
-NaN where the real ones would leave memory as it was. They read only the slots of the context, so what they can show of
-NaN in the KV cache is that the backend points nowhere else; what the kernels make of the rest of a tile, a GPU must show.
+They refuse what the real ones refuse (`csrc/flash_attn/flash_api.cpp`) as far as a backend could get it wrong, and
+leave NaN where the real ones would leave memory as it was. They read only the slots of the context, so what they can
+show of NaN in the KV cache is that the backend points nowhere else; what the kernels make of the rest of a tile, a GPU
+must show.
 """
 
 import importlib.util

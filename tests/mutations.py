@@ -200,7 +200,7 @@ FAULTS = [
     # -- Several ranks -------------------------------------------------------------------------------------------------
     Fault(
         "kv-heads-in-turn",
-        "where there are fewer KV heads than ranks, they are dealt out in turn, and not to those whose queries read them",
+        "fewer KV heads than ranks are dealt out in turn, and not to those whose queries read them",
         "utils/ranks.py",
         "first = self.rank * count // self.size",
         "first = self.rank % count if count < self.size else self.rank * count // self.size",

@@ -1,8 +1,8 @@
 """Every attention backend against plain attention in float64, on every device that it runs on.
 
 Triton's kernels run on a CPU in Triton's interpreter, if the environment says so when they are imported. So this file
-runs itself once more, in a process of its own, for that backend alone. FlashAttention's do not run on a CPU at all: there
-`tests/flash_stand_in.py` takes their place. What is tested then is not them, but what the backend tells them.
+runs itself once more, in a process of its own, for that backend alone. FlashAttention's do not run on a CPU at all:
+there `tests/flash_stand_in.py` takes their place. What is tested then is not them, but what the backend tells them.
 """
 
 import importlib.util
@@ -221,7 +221,9 @@ def test_the_output_is_written_where_it_is_wanted(query_lens, backend, device):
 
 @on_every_backend
 def test_a_sequence_gets_the_same_numbers_alone_and_in_a_crowd(backend, device):
-    """Its sums are made in the same order, whoever else is in the batch: equal to the last bit. Torch pads to the longest."""
+    """Its sums are made in the same order, whoever else is in the batch: equal to the last bit. Torch pads to the
+    longest.
+    """
     if backend == "torch":
         pytest.skip("padded to the longest of its group")
     if backend == "flash_attn":
@@ -408,13 +410,8 @@ def test_auto_falls_back_where_the_kernels_fail(monkeypatch, caplog):
     assert "attention falls back to torch, which is slower: PTX of another world" in caplog.text
 
 
-SHARED_MEMORY = {
-    70: 98_304,
-    75: 65_536,
-    80: 166_912,
-    89: 101_376,
-    90: 232_448,
-}  # bytes a program may have: V100, T4, A100, RTX 4090, H100
+# Bytes a program may have: V100, T4, A100, RTX 4090, H100.
+SHARED_MEMORY = {70: 98_304, 75: 65_536, 80: 166_912, 89: 101_376, 90: 232_448}
 
 
 @pytest.mark.skipif(interpreter.IS_ON, reason="the interpreter does not compile")

@@ -1,4 +1,4 @@
-"""What chapter 04 shares: percentiles, the picture of slots, the exercise checks on wrong answers, figures in the text."""
+"""What chapter 04 shares: percentiles, the picture of slots, exercise checks on wrong answers, figures in the text."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What chapter 05 shares: a step's operators, the tape in the place of CUDA graphs, padding, exercise checks, figures."""
+"""What chapter 05 shares: a step's operators, the tape in the place of graphs, padding, exercise checks, figures."""
 
 import json
 import random

@@ -1,4 +1,6 @@
-"""What chapter 06 shares: chapter 01's decoder, its pictures, the exercise checks; the reader's ring; figures in the text."""
+"""What chapter 06 shares: chapter 01's decoder, its pictures, the exercise checks; the reader's ring; figures in the
+text.
+"""
 
 import re
 import threading

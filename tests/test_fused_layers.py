@@ -261,7 +261,7 @@ def test_the_same_seed_draws_the_same_token_alone_and_in_a_crowd():
 @somewhere
 @pytest.mark.parametrize("vocab_size", [5, 4096, 4097, 10_000])
 def test_it_throws_the_same_dart_as_the_plain_sampler(vocab_size):
-    """Whole numbers there, floats here: once in a while the dart falls between what the two call the edge of a token."""
+    """Whole numbers there, floats here: now and then the dart falls between what the two call a token's edge."""
     num_draws = NUM_DRAWS // 4
     logits = 3 * torch.randn(num_draws, vocab_size)
     logits[0, -1] = 50

@@ -389,7 +389,8 @@ def test_generate_leaves_requests_added_by_hand_to_those_who_added_them(llm):
     assert output["request_id"] == longer
 
 
-# -- Bad input: refused before any work, by name, and nobody else is harmed ----------------------------------------------
+# -- Bad input: refused before any work, by name, and nobody else is harmed
+# ----------------------------------------------
 
 BAD_REQUESTS = {
     "empty prompt": ([""], None, ValueError, "prompt 0: the prompt is empty"),
@@ -701,7 +702,8 @@ def test_trap_a_failed_constructor_leaves_torch_changed(model_path, tmp_path, fa
     assert after == before
 
 
-# -- What is shown ------------------------------------------------------------------------------------------------------
+# -- What is shown
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_the_progress_bar_tells_both_speeds(llm, capsys):

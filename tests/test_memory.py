@@ -102,7 +102,9 @@ def test_a_closed_engine_holds_nothing_large(model_path):
 
 
 def test_an_error_on_the_way_to_another_holds_nothing():
-    """The end of a CUDA graph may fail because its recording did: the second error knows the first, and the first its frames."""
+    """The end of a CUDA graph may fail because its recording did: the second error knows the first, and the first its
+    frames.
+    """
     held = []
 
     def step() -> None:

@@ -71,7 +71,7 @@ EXERCISES = [(path, n) for path in PATHS for n in exercises(path)]
 
 
 def verdict(path: Path, number: int, answer: str | None, seed: int = 0) -> Verdict:
-    """Run the stub cell, put `answer` in the place of its function if there is one, and run the check in its last line."""
+    """Run the stub cell, put `answer` in the place of its function if there is one, run the check in its last line."""
     stub, _ = exercises(path)[number]
     tree = ast.parse(stub)
     check = tree.body.pop()
@@ -99,8 +99,8 @@ def numbers(text: str) -> set[str]:
 
 
 def check_numbers_are_seen(path: Path, besides: re.Pattern, derived: dict[str, str], measured: str = "") -> None:
-    """Each number of the prose stands in an output, in the code that made it, or in `measured`; so prose goes stale with
-    a failing test. What matches `besides` is no claim; `derived` are numbers that follow from others, and how."""
+    """Each number of the prose stands in an output, in the code that made it, or in `measured`; so prose goes stale
+    with a failing test. What matches `besides` is no claim; `derived` are numbers that follow from others, and how."""
     cells = read(path).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
     outputs = [output.get("text") or output.data["text/plain"] for cell in code for output in cell.outputs]

@@ -178,7 +178,9 @@ def requests(seed: int, num: int = 10) -> tuple[list[list[int]], list[SamplingPa
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """checkpoint(num_kv_heads): a tiny Qwen3 with twelve heads, an untied head, and a vocabulary that 3 does not divide."""
+    """checkpoint(num_kv_heads): a tiny Qwen3 with twelve heads, an untied head, and a vocabulary that 3 does not
+    divide.
+    """
     paths = {}
 
     def make(num_kv_heads: int):
@@ -248,8 +250,8 @@ def test_the_default_model_on_three_ranks(default_model_path):
 
 @pytest.mark.parametrize("asked", [(0, 1, 2), (2,)])
 def test_steps_in_flight_are_told_apart(checkpoint, asked):
-    """Those that failed here are never asked for. Chunks of a long prompt, because they need no tokens of the step before:
-    for others it takes a GPU (tests/gpu)."""
+    """Those that failed here are never asked for. Chunks of a long prompt, because they need no tokens of the step
+    before: for others it takes a GPU (tests/gpu)."""
     path, prompt = checkpoint(12), [n % 250 for n in range(40)]
     settings = dict(num_kv_blocks=16, max_num_batched_tokens=16, dtype="float32", device="cpu")
     expected = generate(LLM(path, **settings), [prompt])
@@ -359,7 +361,9 @@ def test_a_rank_killed_inside_a_step(llm, model_path, rank):
 
 @pytest.mark.parametrize("other", ["fails", "aborts"])
 def test_a_rank_that_raises_is_named_with_its_error(llm, model_path, other):
-    """Only it: the other waits for it in an exchange, and fails a little later because it is gone; NCCL's aborts itself."""
+    """Only it: the other waits for it in an exchange, and fails a little later because it is gone; NCCL's aborts
+    itself.
+    """
     runner = llm.engine.model_runner
     send = runner.send
 
@@ -390,7 +394,9 @@ def test_an_interrupt_of_the_ranks_themselves_is_ignored(llm):
 
 
 def test_what_ranks_write(model_path, tmp_path, monkeypatch, capfd):
-    """The first one's progress bars, and warnings, are shown. What is below Python, as when one aborts, is told in the error."""
+    """The first one's progress bars, and warnings, are shown. What is below Python, as when one aborts, is told in the
+    error.
+    """
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent("""
             import sys, threading, time
             def draw():
@@ -535,7 +541,9 @@ def test_two_engines_at_once(llm, model_path):
 
 
 def test_close_waits_for_nobody_and_is_not_cut_short(llm):
-    """Neither for a rank that hangs, nor because a forked process still has our ends of the pipes; an interrupt comes after."""
+    """Neither for a rank that hangs, nor because a forked process still has our ends of the pipes; an interrupt comes
+    after.
+    """
     runner = llm.engine.model_runner
     first, last = runner.processes
     os.kill(last.pid, signal.SIGSTOP)
@@ -668,7 +676,7 @@ def execute(client, code: str) -> dict:
 
 
 def torchrun(script, host: int = 0, ranks: int = 1, **environment: str) -> tuple[list[subprocess.Popen], int]:
-    """Two hosts as far as torchrun knows, some ranks each, with a GPU of its own if there are two; and the port where they meet.
+    """Two hosts as far as torchrun knows, some ranks each, with a GPU of its own if there are two; and their port.
 
     One has the store over which the two torchruns talk: when it has ended, the other does not wait for it any more.
     """
@@ -714,10 +722,8 @@ def test_two_torchrun_nodes(model_path, tmp_path, device, ranks, shares_its_stor
             from nanovllm import LLM, SamplingParams
             print("starts")
             llm = LLM({str(model_path)!r}, **{settings}, tensor_parallel_size={size})
-            answer = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False)
-            print(answer[0]["token_ids"])
-            llm.close()
-            try:
+            answer = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True),
+            use_tqdm=False) print(answer[0]["token_ids"]) llm.close() try:
                 LLM({str(model_path)!r}, **{settings}, tensor_parallel_size={size})
             except RuntimeError as error:
                 print(error)

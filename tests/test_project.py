@@ -74,7 +74,8 @@ def test_pre_commit_hooks_run_the_installed_tools():
 
 def test_importing_nanovllm_is_light():
     """The public names load torch and transformers only when they are used."""
-    code = "import sys, nanovllm; assert 'torch' not in sys.modules; assert sorted(nanovllm.__all__) == ['LLM', 'SamplingParams']"
+    code = "import sys, nanovllm; assert 'torch' not in sys.modules; "
+    code += "assert sorted(nanovllm.__all__) == ['LLM', 'SamplingParams']"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,9 +13,8 @@ from nanovllm.viz.slices import ALL, ENDS, WIDENED, WIDTH, Choice, Slices, Tenso
 from .describing import describe
 from .test_widgets import WIDGET
 
-SMOLLM2 = dict(
-    num_layers=30, hidden=576, width=1536, num_heads=9, num_kv_heads=3, head_dim=64, vocab=49_152
-)  # as in its config.json
+# As in its config.json.
+SMOLLM2 = dict(num_layers=30, hidden=576, width=1536, num_heads=9, num_kv_heads=3, head_dim=64, vocab=49_152)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,8 @@ def test_what_one_rank_holds(slices):
     assert slices.sentence(Choice("four", "layer 0", "2")) == (
         "Rank 2 holds rows 32 to 47 of q_proj; rows 16 to 31 of k_proj and v_proj; columns 32 to 47 of o_proj; rows 64 "
         "to 95 of gate_proj and up_proj; columns 64 to 95 of down_proj; all of input_layernorm and "
-        "post_attention_layernorm. In the whole model: 28,992 of 106,816 numbers, and a KV cache of 2 × 2 × 9 × 16 × 1 × 16."
+        "post_attention_layernorm. In the whole model: 28,992 of 106,816 numbers, and a KV cache of "
+        "2 × 2 × 9 × 16 × 1 × 16."
     )
 
 

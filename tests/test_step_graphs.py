@@ -1,6 +1,7 @@
 """What a CUDA graph records, run on a CPU: a graph's replay is then a plain call of what it would have recorded.
 
-So the buffers, the padding and the tokens that are still in flight are tested without a GPU; tests/gpu records for real.
+So the buffers, the padding and the tokens that are still in flight are tested without a GPU; tests/gpu records for
+real.
 """
 
 import itertools
@@ -111,7 +112,7 @@ def no_pieces(monkeypatch):
 @pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("in_pieces", [False, True])
 def test_a_large_step(request, replaying, model_path, in_pieces, overlaps):
-    """Long prompts run beside those who decode: the tokens of these are in flight, and looked up without a graph, too."""
+    """Long prompts beside those who decode: the tokens of these are in flight, and looked up without a graph, too."""
     if not in_pieces:
         request.getfixturevalue("no_pieces")
     prompts = [[1, 2, 3], [i % 250 for i in range(900)], [i % 241 for i in range(9, 909)]]
@@ -134,7 +135,9 @@ def test_a_large_step(request, replaying, model_path, in_pieces, overlaps):
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_small_steps_in_pieces(replaying, model_path, monkeypatch, overlaps):
-    """Chunks, here all that are more than a few tokens, beside decodes, whose tokens may be in flight; the rest is as ever."""
+    """Chunks, here all that are more than a few tokens, beside decodes, whose tokens may be in flight; the rest is as
+    ever.
+    """
     asked = []
 
     def rule(num_tokens, chunks):
@@ -216,7 +219,9 @@ def test_a_table_is_changed_where_it_has_changed(replaying):
 
 
 def test_a_recording_that_fails_is_ended_and_says_why(replaying, monkeypatch):
-    """Else its stream would go on recording, and layers would go on not attending; and CUDA complains of the broken end."""
+    """Else its stream would go on recording, and layers would go on not attending; and CUDA complains of the broken
+    end.
+    """
     graphs = replaying(False, num_kv_blocks=60, max_num_batched_tokens=600).engine.model_runner.graphs
     backends, store = [layer.backend for layer in graphs.piecewise.layers], torch_attention.store
     monkeypatch.setattr(torch_attention, "store", fails_the_fourth_time(store))  # recording, in the second layer
@@ -248,7 +253,7 @@ def fails_the_fourth_time(function):
 
 @pytest.mark.parametrize("is_trial", [False, True])
 def test_the_largest_graphs_are_recorded_first_with_a_bar(model_path, monkeypatch, is_trial):
-    """The smaller ones then find room in their memory. A trial, which tells how much that is, takes one of each kind."""
+    """The smaller ones then find room in their memory. A trial, which tells how much that is, takes one a kind."""
     llm = LLM(model_path, num_kv_blocks=60, max_num_batched_tokens=600, max_num_seqs=9, device="cpu")
     runner, shown = llm.engine.model_runner, []
 
@@ -272,8 +277,8 @@ def test_the_largest_graphs_are_recorded_first_with_a_bar(model_path, monkeypatc
     assert len(graphs.piecewise.pieces[640]) == len(graphs.piecewise.layers) + 1
 
 
-# Megabytes on H100s, with the sizes of Qwen3-0.6B (2026-11-27): what the largest graphs of each kind took with all buffers,
-# and what all graphs took in the end.
+# Megabytes on H100s, with the sizes of Qwen3-0.6B (2026-11-27): what the largest graphs of each kind took with all
+# buffers, and what all graphs took in the end.
 TAKEN = [(1, 16_384, 430, 709), (2, 16_384, 396, 1483), (4, 16_384, 342, 1428), (2, 512, 256, 879), (4, 512, 222, 843)]
 
 

@@ -22,7 +22,8 @@ from nanovllm.engine.trace import VERSION, BlockState, Trace
 from .conftest import collector_off
 from .scheduling import make_sequence
 
-# -- Without a model -----------------------------------------------------------------------------------------------------
+# -- Without a model
+# -----------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -202,7 +203,8 @@ def test_there_is_no_step_beyond_the_last():
         run.trace.blocks_at(-2)
 
 
-# -- Files ---------------------------------------------------------------------------------------------------------------
+# -- Files
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["run.json", "run.json.gz"])
@@ -288,7 +290,8 @@ def test_a_long_trace_is_small_and_quick(tmp_path):
     assert slowest < 0.05, f"{1000 * slowest:.0f} ms"
 
 
-# -- With a model --------------------------------------------------------------------------------------------------------
+# -- With a model
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -405,7 +408,8 @@ def test_nothing_is_recorded_when_no_trace_is_open(llm):
     assert llm.engine.block_manager.events is None
 
 
-# -- The Chrome trace format ---------------------------------------------------------------------------------------------
+# -- The Chrome trace format
+# ---------------------------------------------------------------------------------------------
 
 
 def test_chrome_trace(llm, tmp_path):

@@ -101,7 +101,7 @@ def run(
 
 
 def measure_cpu(report: Report, path: Path, load_format: str, size: Size, only_trace: bool) -> None:
-    """All that is measured on a CPU: Python alone at first, while the process holds no other models and their garbage."""
+    """All that is measured on a CPU: Python alone at first, while the process holds no other models and garbage."""
     measure_tracing(report, size)
     if not only_trace:
         measure_planning(report, size)

@@ -80,7 +80,9 @@ def shared_workload() -> tuple[list[list[int]], list[int]]:
 
 
 def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> None:
-    """Kernels, the shared benchmark, steps: of every attention backend that is here, with CUDA graphs and without; then a peer."""
+    """Kernels, the shared benchmark, steps: of every attention backend that is here, with CUDA graphs and without; then
+    a peer.
+    """
     hf_config = load_hf_config(path)
     dtype = resolve_dtype("auto", hf_config, torch.device("cuda"))
     limits = measure_limits(report, dtype)
@@ -191,7 +193,7 @@ def shared_record(name: str, llm: LLM, seconds: list[float]) -> dict[str, Any]:
 
 
 def measure_shared_kernels(report: Report, llm: LLM, limits: Limits) -> None:
-    """The kernels of a whole run of the shared benchmark, by kind, and attention in its decode steps beside the floor."""
+    """The kernels of a whole run of the shared benchmark, by kind, and attention in its decodes beside the floor."""
     report.progress("where the shared benchmark's time goes")
     with llm.trace() as trace:
         kernels = kernels_of(lambda: shared_seconds(llm))
@@ -326,8 +328,7 @@ def prefill_operations(llm: LLM, num_prompts: int, prompt_len: int) -> int:
     modules = list(llm.engine.model_runner.model.modules())
     head = sum(numbers(module) for module in modules if isinstance(module, LMHead))
     in_layers = sum(numbers(module) for module in modules if isinstance(module, Linear)) - head
-    attention = sum(
-        2 * m.num_heads * m.head_dim for m in modules if isinstance(m, Attention)
-    )  # for each pair of tokens
+    # For each pair of tokens.
+    attention = sum(2 * m.num_heads * m.head_dim for m in modules if isinstance(m, Attention))
     num_pairs = prompt_len * (prompt_len + 1) // 2
     return 2 * num_prompts * (prompt_len * in_layers + head + num_pairs * attention)

@@ -1,7 +1,8 @@
 """Single kernels on a GPU: attention, backend by backend, the sampler, and what lies between the products of a layer.
 
-They are replayed from CUDA graphs, so that nobody waits for Python. Attention and the sampler go over more data than the
-GPU's cache holds, as in a step, where every layer has a KV cache of its own; the rest finds what the kernel before has left.
+They are replayed from CUDA graphs, so that nobody waits for Python. Attention and the sampler go over more data than
+the GPU's cache holds, as in a step, where every layer has a KV cache of its own; the rest finds what the kernel before
+has left.
 """
 
 from collections.abc import Callable

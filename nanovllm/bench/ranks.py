@@ -1,7 +1,7 @@
 """Several GPUs: what a small model and a large one gain from one, two or more ranks, where there are as many GPUs.
 
-A rank reads its part of the weights and of the KV cache, which is less; but the ranks talk twice in every layer, and all
-of them wait for the same plan.
+A rank reads its part of the weights and of the KV cache, which is less; but the ranks talk twice in every layer, and
+all of them wait for the same plan.
 """
 
 import random

@@ -201,7 +201,7 @@ def measure_serving(
 
 
 def as_peer_settings(config: Config, device: str) -> dict[str, Any]:
-    """The engine's settings for `generate_batch`: a cache of as many tokens, and the same budget. Its blocks are pages."""
+    """The engine's settings for `generate_batch`: a cache of as many tokens, the same budget. Its blocks are pages."""
     assert config.num_kv_blocks is not None
     page_size = config.block_size if device == "cpu" else PEER_PAGE_ON_GPU
     known = {field.name for field in dataclasses.fields(transformers.ContinuousBatchingConfig)}

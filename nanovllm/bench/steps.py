@@ -130,7 +130,7 @@ def decoding(llm: LLM, num_seqs: int, context_len: int, generator: random.Random
 
 
 def fit(llm: LLM, num_seqs: int, context_len: int) -> bool:
-    """Whether the KV cache holds so many sequences of so many tokens, and of some more for the steps that are measured."""
+    """Whether the KV cache holds so many sequences of so many tokens, and some more for the steps to be measured."""
     blocks = llm.engine.block_manager
     return num_seqs * blocks.num_blocks_for(context_len + MORE_TOKENS) <= blocks.num_blocks
 

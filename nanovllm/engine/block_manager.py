@@ -64,7 +64,7 @@ class BlockManager:
     # -- Growing and giving back ---------------------------------------------------------------------------------------
 
     def allocate(self, seq: Sequence, num_tokens: int) -> bool:
-        """Grow the block table of `seq` to hold `num_tokens`. False, and nothing changed, if too few blocks are free."""
+        """Grow the block table of `seq` to hold `num_tokens`. False, and nothing done, if too few blocks are free."""
         num_missing = self.num_blocks_for(num_tokens) - len(seq.block_table)
         if num_missing > len(self.free):
             return False
@@ -197,7 +197,7 @@ class BlockManager:
         if block_id in self.free:
             self.free.move_to_end(block_id, last=False)
 
-    # -- What is told ----------------------------------------------------------------------------------------------------
+    # -- What is told --------------------------------------------------------------------------------------------------
 
     def _tell(self, kind: str, block_id: int, seq_id: int | None = None, value: int | None = None) -> None:
         if self.events is not None:

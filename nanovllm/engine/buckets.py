@@ -9,9 +9,9 @@ from collections.abc import Collection
 # Graphs of whole steps. Rounding up costs at most seven rows of padding, which a GPU hardly notices.
 BUCKETS = [1, 2, 4, *range(8, 513, 8)]
 
-# Graphs in pieces, with attention between them. For up to 512 tokens few sizes will do: to launch attention takes longer
-# than to multiply some rows more. Then eight to a doubling: at most a ninth of the rows are padding. Still larger steps
-# keep any GPU busy for longer than Python needs to launch them.
+# Graphs in pieces, with attention between them. For up to 512 tokens few sizes will do: to launch attention takes
+# longer than to multiply some rows more. Then eight to a doubling: at most a ninth of the rows are padding. Still
+# larger steps keep any GPU busy for longer than Python needs to launch them.
 PIECEWISE_BUCKETS = [64, 128, 256, 384, 512] + [
     size * eighths // 8 for size in (512, 1024, 2048, 4096) for eighths in range(9, 17)
 ]
@@ -21,15 +21,17 @@ def takes_pieces(num_tokens: int, chunks: Collection[tuple[int, int]]) -> bool:
     """Whether a step had better replay pieces than one graph.
 
     `chunks` has, for each sequence with several new tokens, how many they are and how long its context is with them;
-    decodes have rows of their own either way. The costs are in units of what it takes to read the keys and values of one
-    token in all layers: 14 ns for Qwen3-0.6B on an H100, where 36 kinds of steps were timed both ways
+    decodes have rows of their own either way. The costs are in units of what it takes to read the keys and values of
+    one token in all layers: 14 ns for Qwen3-0.6B on an H100, where 36 kinds of steps were timed both ways
     (docs/performance.md). For other models and GPUs they are taken to be in the same proportion.
     """
     if num_tokens > BUCKETS[-1]:
         return True
-    # In one graph each token is a row by itself: it has programs of its own, which cost 500, and reads all that it sees.
+    # In one graph each token is a row by itself: it has programs of its own, which cost 500, and reads all that it
+    # sees.
     whole = sum(n * (context_len - n // 2 + 500) for n, context_len in chunks)
-    # Between pieces Python launches attention; there few programs walk through a long context, one tile after the other.
+    # Between pieces Python launches attention; there few programs walk through a long context, one tile after the
+    # other.
     pieces = 84_000 + 35 * max((context_len for _, context_len in chunks), default=0)
     return whole > pieces
 

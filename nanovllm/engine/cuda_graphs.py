@@ -66,8 +66,8 @@ class StepGraphs:
         in_pieces = piecewise_buckets_up_to(max_num_tokens, longest=max_num_blocks * block_size)
         largest, most_sampled = max(self.buckets + in_pieces), self.sample_buckets[-1]
 
-        # What a step writes: ids, positions and rows of its tokens; of those it samples hidden rows, rows, random bits and
-        # temperatures.
+        # What a step writes: ids, positions and rows of its tokens; of those it samples hidden rows, rows, random bits
+        # and temperatures.
         self.inputs = torch.zeros(3 * largest, dtype=torch.int64, device=device)
         self.sample_inputs = torch.zeros(4 * most_sampled, dtype=torch.int64, device=device)
         # What changes rarely. The last row is for padding: a block table that leads to the dummy block only.
@@ -218,10 +218,10 @@ class StepGraphs:
 
 @contextmanager
 def capture_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """A stream to capture on: of this GPU (PyTorch's own for captures stays on the one that captured first), and no other's.
+    """A stream to capture on, of this GPU and no other's: PyTorch's own for captures stays on the one that came first.
 
-    cuBLAS keeps a workspace for each stream that it has seen: for this one, in the graphs' pool. Let go of, it is theirs
-    alone, and ends with them. (What lets it go is private in PyTorch, but has been there since 2.1.)
+    cuBLAS keeps a workspace for each stream that it has seen: for this one, in the graphs' pool. Let go of, it is
+    theirs alone, and ends with them. (What lets it go is private in PyTorch, but has been there since 2.1.)
     """
     try:
         yield torch.cuda.Stream(device)

@@ -40,8 +40,8 @@ def free_memory(device: torch.device) -> int:
 def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device, reserved: int = 0) -> int:
     """The number of blocks: what `num_kv_blocks` says, or as many as the allowed memory holds.
 
-    `reserved` bytes of the free memory are for something else. Raises ValueError if the blocks do not fit beside them, or
-    are too few for `max_model_len`.
+    `reserved` bytes of the free memory are for something else. Raises ValueError if the blocks do not fit beside them,
+    or are too few for `max_model_len`.
     """
     free = max(0, free_memory(device) - reserved)
     if device.type == "cpu":
@@ -60,16 +60,17 @@ def size_kv_cache(config: Config, bytes_per_block: int, device: torch.device, re
     if num_blocks < num_blocks_needed:
         raise ValueError(
             f"the KV cache has {num_blocks} blocks of {config.block_size} tokens, but one sequence of "
-            f"{config.max_model_len or 2} tokens needs {num_blocks_needed} ({num_blocks_needed * bytes_per_block:,} bytes); "
-            f"{device} has {free / 1e9:.2f} GB free{reserve_of(reserved)}; raise kv_cache_memory, num_kv_blocks or "
-            "gpu_memory_utilization, or lower max_model_len, max_num_batched_tokens or max_num_seqs"
+            f"{config.max_model_len or 2} tokens needs {num_blocks_needed} "
+            f"({num_blocks_needed * bytes_per_block:,} bytes); {device} has {free / 1e9:.2f} GB free"
+            f"{reserve_of(reserved)}; raise kv_cache_memory, num_kv_blocks or gpu_memory_utilization, or lower "
+            "max_model_len, max_num_batched_tokens or max_num_seqs"
         )
     needed = (num_blocks + 1) * bytes_per_block  # one more for padding
     if needed > free:
         raise ValueError(
             f"a KV cache of {num_blocks} blocks needs {needed / 1e9:.2f} GB ({bytes_per_block:,} bytes a block), but "
-            f"{device} has {free / 1e9:.2f} GB free{reserve_of(reserved)}; lower num_kv_blocks or kv_cache_memory, or use "
-            "dtype='bfloat16'"
+            f"{device} has {free / 1e9:.2f} GB free{reserve_of(reserved)}; lower num_kv_blocks or kv_cache_memory, or "
+            "use dtype='bfloat16'"
         )
     return num_blocks
 

@@ -1,7 +1,8 @@
 """A step on its way: launched, and not waited for yet.
 
 A GPU works off what it has been told in its own time. What a step gives is copied into memory of the host by the GPU
-itself, behind the step and before whatever is launched next; whoever wants it waits for that copy, and for nothing else.
+itself, behind the step and before whatever is launched next; whoever wants it waits for that copy, and for nothing
+else.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ import torch
 
 
 class LaunchedStep:
-    """What a step gives, once it has arrived: `tokens()` waits for it, so that there is time to do something else before."""
+    """What a step gives, once it has arrived: `tokens()` waits for it, so that there is time to do something else
+    before.
+    """
 
     def __init__(self, token_ids: torch.Tensor, likeliest: list["Likeliest"] | None = None) -> None:
         self.times: dict[str, float] = {}  # seconds for "prepare", "forward" and "sample"
@@ -31,7 +34,7 @@ class LaunchedStep:
 
     @property
     def logprobs(self) -> dict[int, dict[int, float]]:
-        """Place among the sampled -> token id -> log-probability, where a request asked for it. Not before `tokens()`."""
+        """Place among the sampled -> token id -> log-probability, where a request asks for it. After `tokens()`."""
         return {place: best for part in self._likeliest for place, best in part.told(self._token_ids)}
 
 
@@ -52,7 +55,9 @@ class Likeliest:
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that arrives by itself, of what the device will have computed by then, and not of what is launched after it."""
+    """A copy that arrives by itself, of what the device will have computed by then, and not of what is launched after
+    it.
+    """
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

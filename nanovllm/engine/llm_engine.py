@@ -100,7 +100,7 @@ class LLMEngine:
     # -- Requests ------------------------------------------------------------------------------------------------------
 
     def make_request(self, prompt: str | SequenceOf[int], params: SamplingParams | None = None) -> Request:
-        """Check a request and prepare it, without queueing it yet. TypeError or ValueError say what is wrong with it."""
+        """Check a request and prepare it, not yet queue it. TypeError or ValueError say what is wrong with it."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be a SamplingParams, not {type(params).__name__}")
@@ -212,14 +212,16 @@ class LLMEngine:
         return batch, finished
 
     def schedule(self, is_in_flight: bool = False) -> Batch:
-        """Plan a step. RuntimeError if it would never get any further: nothing planned, and nothing in flight to wait for."""
+        """Plan a step. RuntimeError if it would never get any further: nothing planned, and nothing in flight to wait
+        for.
+        """
         batch = self.scheduler.schedule()
         if self.requests and not (batch.scheduled or batch.preempted or is_in_flight):
             raise RuntimeError(f"{type(self.scheduler).__name__} scheduled nothing, although requests wait")
         return batch
 
     def advance(self) -> tuple[Batch, list[Request]]:
-        """A step for whoever wants answers: like `step`, but on a GPU, and if nobody records, overlapped with the next."""
+        """A step for whoever wants answers: like `step`, but on a GPU, if nobody records, overlapped with the next."""
         if self.overlap is not None and not self.recorders:
             with interrupts_deferred():
                 return self.overlap.step()

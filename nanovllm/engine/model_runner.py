@@ -73,9 +73,9 @@ class ModelRunner:
             forget_locals(error)
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise ValueError(
-                    f"{self.device} has too little memory for the weights, a step of {config.max_num_batched_tokens} tokens "
-                    "and CUDA graphs; lower max_num_batched_tokens, max_num_seqs or kv_cache_memory, set enforce_eager=True, "
-                    f"or share the model with tensor_parallel_size ({error})"
+                    f"{self.device} has too little memory for the weights, a step of {config.max_num_batched_tokens} "
+                    "tokens and CUDA graphs; lower max_num_batched_tokens, max_num_seqs or kv_cache_memory, set "
+                    f"enforce_eager=True, or share the model with tensor_parallel_size ({error})"
                 ) from error
             raise
 
@@ -140,7 +140,8 @@ class ModelRunner:
         """A line about memory, and the time for CUDA graphs."""
         if self.graphs is None:
             return f"memory: {self.memory}"
-        return f"memory: {self.memory}; CUDA graphs for {self.graphs.num_sizes} sizes captured in {self.graphs.seconds:.1f} s"
+        captured = f"{self.graphs.num_sizes} sizes captured in {self.graphs.seconds:.1f} s"
+        return f"memory: {self.memory}; CUDA graphs for {captured}"
 
     def bind(self, attention: list[Attention], backend: ModuleType, kv_cache: torch.Tensor) -> None:
         for layer, (k_cache, v_cache) in zip(attention, kv_cache.transpose(0, 1), strict=True):
@@ -175,7 +176,8 @@ class ModelRunner:
         positions = torch.arange(num_tokens, device=self.device)
         with use_context(context):
             hidden_states = self.model(torch.zeros_like(positions), positions)
-        # Sampled in the way that takes most: at random, from a nucleus so wide that the whole vocabulary must be sorted.
+        # Sampled in the way that takes most: at random, from a nucleus so wide that the whole vocabulary must be
+        # sorted.
         rows = np.zeros(num_sampled, np.int64)
         self.temperature[0], self.top_p[0], self.truncates[0] = 1e6, 0.999, True
         self.choose(self.model.compute_logits(hidden_states[:num_sampled]), rows, rows)  # type: ignore[operator]
@@ -287,7 +289,8 @@ class ModelRunner:
             bits = random_bits(self.seed[rows], positions).view(np.int64)
             return LaunchedStep(self.graphs.sample(hidden_states, last, rows, bits, self.temperature[rows]))
 
-        logits = self.model.compute_logits(hidden_states[self.to_device(last)])  # type: ignore[operator]  # [num_sampled, vocab_size]
+        hidden_states = hidden_states[self.to_device(last)]
+        logits = self.model.compute_logits(hidden_states)  # type: ignore[operator]  # [num_sampled, vocab_size]
         token_ids = self.choose(logits, rows, positions)
         if self.graphs is not None:
             self.graphs.remember(self.to_device(rows), token_ids)
@@ -305,8 +308,8 @@ class ModelRunner:
     def choose(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """A token for each row of the logits, by the settings in `rows` of the tables: `[num_sampled]` int64.
 
-        On a GPU the kernel that reads the logits once takes all rows that it can, whoever else is in the batch: its sums
-        are rounded otherwise than those of `sample`, and a request must get the same token in every batch.
+        On a GPU the kernel that reads the logits once takes all rows that it can, whoever else is in the batch: its
+        sums are rounded otherwise than those of `sample`, and a request must get the same token in every batch.
         """
         if not self.has_sampling_kernel:
             return sample(logits, self.sampling_batch(rows, positions))
@@ -351,7 +354,9 @@ class ModelRunner:
         return not hasattr(self, "model")
 
     def close(self) -> None:
-        """Let go of all that is large, whoever still holds this runner; what another thread is launching goes out first."""
+        """Let go of all that is large, whoever still holds this runner; what another thread is launching goes out
+        first.
+        """
         with self.stepping:
             for name in ("model", "kv_cache", "graphs"):
                 vars(self).pop(name, None)

@@ -69,7 +69,7 @@ class Overlap:
             self.learn()
 
     def fail(self, batches: list[Batch]) -> None:
-        """A step has failed, and with it all that were in flight, in order: those after it had its results to work on."""
+        """A step has failed, and with it all in flight, in order: those after it had its results to work on."""
         self.in_flight.clear()
         for batch in batches:
             self.engine.scheduler.fail(batch)

@@ -49,8 +49,9 @@ def make_runner(config: Config, hf_config: PretrainedConfig, path: Path) -> Any:
     if size == 1:
         if world_size > 1:
             logger.warning(
-                f"torchrun has started {world_size} processes, but tensor_parallel_size is 1: each makes an engine of its own, "
-                f"with the whole model, here on device {config.device!r}; to share it say tensor_parallel_size={world_size}"
+                f"torchrun has started {world_size} processes, but tensor_parallel_size is 1: each makes an engine of "
+                f"its own, with the whole model, here on device {config.device!r}; to share it say "
+                f"tensor_parallel_size={world_size}"
             )
         return ModelRunner(config, hf_config, path)
     check_shares(hf_config, size)
@@ -109,8 +110,8 @@ class ParallelRunner:
         self.device = resolve_device(config.device)
         if self.device.index is not None:
             raise ValueError(
-                f"device is {config.device!r}, but tensor_parallel_size is {self.size}; use device={self.device.type!r}, "
-                "and CUDA_VISIBLE_DEVICES to choose among GPUs"
+                f"device is {config.device!r}, but tensor_parallel_size is {self.size}; use "
+                f"device={self.device.type!r}, and CUDA_VISIBLE_DEVICES to choose among GPUs"
             )
         if self.device.type == "cuda" and not is_torchrun() and self.size > torch.cuda.device_count():
             raise ValueError(
@@ -219,7 +220,9 @@ class ParallelRunner:
 
     @contextmanager
     def whole_exchange(self) -> Iterator[None]:
-        """An exception in the middle of it, as from an alarm's handler, ends this engine: who has heard what is not known."""
+        """An exception in the middle of it, as from an alarm's handler, ends this engine: who has heard what is not
+        known.
+        """
         try:
             yield
         except BaseException as error:
@@ -230,7 +233,9 @@ class ParallelRunner:
             raise
 
     def hear(self, heard: Collection[int], timeout: float | None = None) -> dict[int, Any]:
-        """Wait until a rank that is not among `heard` says something, or several do; a `Report` is from one that failed."""
+        """Wait until a rank that is not among `heard` says something, or several do; a `Report` is from one that
+        failed.
+        """
         connections = [connection for rank, connection in enumerate(self.connections) if rank not in heard]
         answers: dict[int, Any] = {}
         for connection in wait(connections, timeout):
@@ -289,7 +294,9 @@ class ParallelRunner:
 
 
 def abandon(processes: list[subprocess.Popen], connections: list[Connection], logs: list[Any]) -> None:
-    """End the ranks of an engine that nobody has closed: it is deleted, or the script is at its end, perhaps by an error."""
+    """End the ranks of an engine that nobody has closed: it is deleted, or the script is at its end, perhaps by an
+    error.
+    """
     end(processes, connections, logs, is_failure=hasattr(sys, "last_type"))
 
 

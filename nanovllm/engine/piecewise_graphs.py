@@ -1,14 +1,14 @@
 """Piecewise CUDA graphs: for steps in which attention must know whose the tokens are.
 
-In a graph of `StepGraphs` each token is a row by itself, and reads its whole context alone. For the hundreds of tokens of
-a prompt, or a few dozen behind a long context, that is a waste: they should share what is read, a tile of them to a
+In a graph of `StepGraphs` each token is a row by itself, and reads its whole context alone. For the hundreds of tokens
+of a prompt, or a few dozen behind a long context, that is a waste: they should share what is read, a tile of them to a
 program. But how many sequences and tiles there are differs from step to step, and a graph has no room for that.
 Everything else asks only for the number of tokens: products, norms, rotations. So here the recording *stops* at every
 attention layer, and another one begins behind it. A model of L layers gives L + 1 pieces; a step replays them in order,
 and launches attention in between.
 
-(The name is vLLM's, where a compiler cuts the model's code at attention. Here the model is cut while it runs: for as long
-as it is recorded, its attention layers have a backend that, in the place of attending, ends a piece.)
+(The name is vLLM's, where a compiler cuts the model's code at attention. Here the model is cut while it runs: for as
+long as it is recorded, its attention layers have a backend that, in the place of attending, ends a piece.)
 """
 
 import weakref
@@ -104,7 +104,7 @@ class PiecewiseGraphs:
         rows: np.ndarray,
         prepare: Callable[[], Context],
     ) -> torch.Tensor:
-        """As `StepGraphs.replay`; what attention must know, `prepare` works out while the GPU computes the first piece."""
+        """As `StepGraphs.replay`; what attention must know, `prepare` works out during the first piece."""
         graphs, n = self.graphs, len(input_ids)
         graphs.fill_tokens(bucket, input_ids, positions, rows)
         first, *others = self.pieces[bucket]
@@ -120,8 +120,8 @@ class PiecewiseGraphs:
 def not_held(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers at the same address on a GPU, of memory that may be given to others nevertheless.
 
-    A piece leaves its queries in the graphs' memory. Held there for every layer and bucket, those of Qwen3-0.6B would take
-    gigabytes; but once attention has read them, the pieces that follow may write over them.
+    A piece leaves its queries in the graphs' memory. Held there for every layer and bucket, those of Qwen3-0.6B would
+    take gigabytes; but once attention has read them, the pieces that follow may write over them.
     """
     if not tensor.is_cuda:
         return tensor

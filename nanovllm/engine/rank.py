@@ -82,9 +82,9 @@ def serve(connection: Connection, rank: int, config: Config, path: Path, store: 
 def listen(connection: Connection, messages: "SimpleQueue[Any]") -> None:
     """Take in what is said, also while a step computes: whoever speaks must not wait for a rank that may never hear it.
 
-    It also ends this process, which may be waiting for another rank that is gone: a little later than it was told to end,
-    or at once, as a failure, if the other end has gone without a word. If something that was said makes no sense, the
-    exception is the last message.
+    It also ends this process, which may be waiting for another rank that is gone: a little later than it was told to
+    end, or at once, as a failure, if the other end has gone without a word. If something that was said makes no sense,
+    the exception is the last message.
     """
     message = None
     try:

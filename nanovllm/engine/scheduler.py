@@ -41,7 +41,8 @@ class Scheduler:
     """Plans steps over a `BlockManager`; first come, first served.
 
     To try another policy, subclass it and give the class to `LLM(scheduler=...)`. `waiting` is in the order in which
-    sequences will be admitted, `running` in the order in which they were; a sequence preempted is the last of `running`.
+    sequences will be admitted, `running` in the order in which they were; a sequence preempted is the last of
+    `running`.
 
     Planning and learning the result are two calls, `schedule` and `update`, so that a GPU can run one step while the
     next is planned: `schedule` advances counts, and needs a token's value only to hash a full block. A finished

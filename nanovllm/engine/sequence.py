@@ -71,7 +71,7 @@ class Sequence:
         self.num_entered_blocks = 0  # leading blocks whose content is in the prefix cache
         self.parent: int | str = (
             params.cache_salt or ""
-        )  # serial of the last entered content; the salt before the first
+        )  # serial of the last entered content; before the first the salt
 
     @property
     def is_finished(self) -> bool:
@@ -87,6 +87,6 @@ class Sequence:
 
     def __repr__(self) -> str:
         return (
-            f"Sequence({self.id}, {self.status.value}, {self.num_computed_tokens} of {self.num_tokens} tokens computed, "
-            f"blocks {self.block_table})"
+            f"Sequence({self.id}, {self.status.value}, {self.num_computed_tokens} of {self.num_tokens} tokens "
+            f"computed, blocks {self.block_table})"
         )

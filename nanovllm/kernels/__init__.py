@@ -32,7 +32,7 @@ def get_backend(
     block_size: int | None = None,
     head_dim: int | None = None,
 ) -> ModuleType:
-    """The attention backend called `name`. ValueError if there is none, or it does not run on `device` or with the rest.
+    """The attention backend called `name`. ValueError if there is none, or it does not run with the rest.
 
     What is None is not known yet, and not looked at.
     """
@@ -49,7 +49,8 @@ def get_backend(
         raise ValueError(f"attention_backend={name!r} cannot be imported here: {error}; {instead}") from error
 
 
-# Tritons, by version, that cannot compile a matrix product for GPUs below this compute capability: some end the process.
+# Tritons, by version, that cannot compile a matrix product for GPUs below this compute capability: some end the
+# process.
 TRITON_FROM = {(3, 2): (7, 5), (3, 3): (8, 0)}
 
 
@@ -67,14 +68,15 @@ def refuse_triton(device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise ValueError(
-            "attention_backend='triton' needs an NVIDIA GPU; on a CPU use 'torch', or start Python with the environment "
-            "variable TRITON_INTERPRET=1, which runs the kernels line by line, and slowly"
+            "attention_backend='triton' needs an NVIDIA GPU; on a CPU use 'torch', or start Python with the "
+            "environment variable TRITON_INTERPRET=1, which runs the kernels line by line, and slowly"
         )
     version = triton_version()
     if version in TRITON_FROM and torch.cuda.get_device_capability(device) < TRITON_FROM[version]:
         raise ValueError(
             f"attention_backend='triton' cannot be compiled for {torch.cuda.get_device_name(device)} by Triton "
-            f"{version[0]}.{version[1]}; Triton 3.2 came with PyTorch 2.6, 3.3 with 2.7: install another, or use 'torch'"
+            f"{version[0]}.{version[1]}; Triton 3.2 came with PyTorch 2.6, 3.3 with 2.7: install another, or use "
+            "'torch'"
         )
 
 
@@ -93,8 +95,8 @@ def refuse_flash_attention(
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         raise ValueError(
-            f"{needs} a GPU of compute capability 8.0 (Ampere) or more, and this one has {capability[0]}.{capability[1]}; "
-            "use 'triton'"
+            f"{needs} a GPU of compute capability 8.0 (Ampere) or more, and this one has "
+            f"{capability[0]}.{capability[1]}; use 'triton'"
         )
     if dtype == torch.float32:
         raise ValueError(f"{needs} 16-bit numbers, not float32; say dtype='bfloat16', or use 'triton'")

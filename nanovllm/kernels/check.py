@@ -27,8 +27,9 @@ def choose_backend(
 ) -> ModuleType:
     """The backend that a setting means: "auto" is triton on a GPU where its kernels work, and torch everywhere else.
 
-    It is never flash_attn: in a run beside ours FlashAttention 2 was a little faster at some decodes, slower at prompts and
-    over all (`docs/performance.md`), and blocks of 256 tokens keep the beginnings of short prompts out of the prefix cache.
+    It is never flash_attn: in a run beside ours FlashAttention 2 was a little faster at some decodes, slower at prompts
+    and over all (`docs/performance.md`), and blocks of 256 tokens keep the beginnings of short prompts out of the
+    prefix cache.
     """
     if name != "auto":
         return get_backend(name, device, dtype, block_size, head_dim)
@@ -101,7 +102,7 @@ def check(
 def check_small_kernels(
     layers: ModuleType, sampler: ModuleType, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Compare `triton_layers` and `triton_sampler` with the plain layers on a CPU. RuntimeError, with a name, if they differ.
+    """Compare `triton_layers` and `triton_sampler` with the plain layers on a CPU. RuntimeError if they differ.
 
     `layers` and `sampler` are those modules.
     """

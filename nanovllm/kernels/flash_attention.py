@@ -1,14 +1,14 @@
-"""FlashAttention 2 (Dao 2023) as a backend: the kernels are the package flash_attn's, ours is to tell them what is where.
+"""FlashAttention 2 (Dao 2023) as a backend: the kernels are flash_attn's, ours is to tell them what is where.
 
-Its kernels do what ours do, and are written in CUDA for NVIDIA's GPUs from Ampere on: tile after tile of keys and values
-passes through fast memory, and no matrix of scores is ever stored. They follow block tables, too, but a tile has up to
-256 tokens and must lie in one block, so `block_size` has to be a multiple of 256. The price is paid in the prefix cache:
-it keeps full blocks, and a prompt of 200 tokens never fills one.
+Its kernels do what ours do, and are written in CUDA for NVIDIA's GPUs from Ampere on: tile after tile of keys and
+values passes through fast memory, and no matrix of scores is ever stored. They follow block tables, too, but a tile has
+up to 256 tokens and must lie in one block, so `block_size` has to be a multiple of 256. The price is paid in the prefix
+cache: it keeps full blocks, and a prompt of 200 tokens never fills one.
 
 Decodes and chunks take a call each, because only in a call in which every sequence has a single query does the library
 share what is read between the query heads of a KV head, and split long contexts. How it splits them depends on the GPU,
-the batch and the width of the block tables. So the last bits of a sequence's numbers depend on who else is in the batch;
-with the Triton backend they do not.
+the batch and the width of the block tables. So the last bits of a sequence's numbers depend on who else is in the
+batch; with the Triton backend they do not.
 
 All this was read in the sources of flash-attn 2.8.3 (`flash_attn_interface.py`, `flash_api.cpp`, `flash_fwd_kernel.h`);
 block tables for chunks came with 2.5.7. No other file imports it.

@@ -21,8 +21,8 @@ from nanovllm.utils.context import Context
 # another group: on two CPU cores a group takes some 60 us a layer, a slot 0.15.
 MAX_PADDING = 512
 
-# So many bytes a group, or one sequence, is all that is gathered at a time. On a CPU it is read again before it has left
-# the cache: with 8 KV heads of 128 in float32, 16 contexts of 1,024 tokens take 12.6 ms a layer, in one group 18.
+# So many bytes a group, or one sequence, is all that is gathered at a time. On a CPU it is read again before it has
+# left the cache: with 8 KV heads of 128 in float32, 16 contexts of 1,024 tokens take 12.6 ms a layer, in one group 18.
 MAX_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 # A prompt's tokens attend in pieces of so many, each to what it may see and no further: PyTorch's CPU kernel does not

@@ -1,9 +1,9 @@
 """Paged attention as two Triton kernels of our own, for GPUs; in Triton's interpreter they run on a CPU as well.
 
-A GPU runs a kernel as many *programs* side by side, which know each other only by their numbers. A program of ours takes
-one KV head and a few queries of one sequence, follows the sequence's block table, and walks over its keys and values
-tile by tile. It never holds more than one tile: the softmax is kept as a running maximum, a running sum and a running
-output (the online softmax of Milakov and Gimelshein 2018, as in FlashAttention, Dao et al. 2022).
+A GPU runs a kernel as many *programs* side by side, which know each other only by their numbers. A program of ours
+takes one KV head and a few queries of one sequence, follows the sequence's block table, and walks over its keys and
+values tile by tile. It never holds more than one tile: the softmax is kept as a running maximum, a running sum and a
+running output (the online softmax of Milakov and Gimelshein 2018, as in FlashAttention, Dao et al. 2022).
 
 Three things decide how fast that is:
 
@@ -78,8 +78,9 @@ def program_size(
 ) -> tuple[int, int, int]:
     """Rows of a program, tokens in a tile, warps.
 
-    With chunks as many as a multiprocessor of this kind has room for. Without, small: many programs, each of which waits
-    for memory. On an H200 tiles of 64 for four warps took 2 % longer for 129 to 256 decodes, and a quarter less for one.
+    With chunks as many as a multiprocessor of this kind has room for. Without, small: many programs, each of which
+    waits for memory. On an H200 tiles of 64 for four warps took 2 % longer for 129 to 256 decodes, and a quarter less
+    for one.
     """
     if dtype == torch.float32:  # no tensor cores for exact float32: the products are unrolled, and soon too long
         return MIN_ROWS, 32 if head_dim <= 128 else 16, 4
@@ -229,8 +230,8 @@ def scores_of(q, k, key_position, last_seen, has_hidden):
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = tl.where(key_position[None, :] <= last_seen[:, None], scores, float("-inf"))
     else:
-        # `tl.dot` adds to `scores`: what begins at -inf stays there. Few rounds have a key to hide, and to ask first makes
-        # chunks a fifth faster.
+        # `tl.dot` adds to `scores`: what begins at -inf stays there. Few rounds have a key to hide, and to ask first
+        # makes chunks a fifth faster.
         scores = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
         if has_hidden:
             scores = tl.where(key_position[None, :] <= last_seen[:, None], 0.0, float("-inf"))
@@ -250,8 +251,8 @@ def attend_kernel(
 ):  # fmt: skip
     """One program: a KV head, a tile of new tokens, a piece of the context."""
     TOKENS: tl.constexpr = ROWS // GROUP  # new tokens in a tile
-    # The last tiles go first. A chunk's last tile looks back the furthest, and should not be what the rest waits for: on
-    # an H200 a prompt of 8,192 tokens took 665 instead of 747 us.
+    # The last tiles go first. A chunk's last tile looks back the furthest, and should not be what the rest waits for:
+    # on an H200 a prompt of 8,192 tokens took 665 instead of 747 us.
     kv_head, tile, split = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
     seq, start, query_len, first = work_of(tile, query_start, num_decodes, num_seqs, TOKENS)
     context_len = tl.load(context_lens + seq)

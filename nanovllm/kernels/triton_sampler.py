@@ -1,8 +1,8 @@
 """Greedy and temperature sampling in one read of the logits, for GPUs.
 
-The dart of `layers/sampler.py`, with the same random number, thrown in two steps: first at pieces of the vocabulary, each
-as heavy as all its tokens, then at the tokens of the piece that it has hit. One kernel reads the logits, and keeps of a
-piece two numbers, its best logit and its weight; a second one chooses a piece, and only that one is read again.
+The dart of `layers/sampler.py`, with the same random number, thrown in two steps: first at pieces of the vocabulary,
+each as heavy as all its tokens, then at the tokens of the piece that it has hit. One kernel reads the logits, and keeps
+of a piece two numbers, its best logit and its weight; a second one chooses a piece, and only that one is read again.
 
 These weights are floats, and sums of floats depend on their order. Here the order is fixed by the size of a piece and
 of nothing else, so a row gives the same token on its own and in a crowd.
@@ -19,8 +19,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def sample(logits: torch.Tensor, temperature: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """Choose a token for each row: `[n]` int64.
 
-    `logits` is `[n, vocab_size]`, `temperature` `[n]` float32, 0 is greedy; `bits` `[n]` int64, what `random_bits` gives.
-    Of equal best logits, greedy takes the first. A row with a NaN, with +inf or with nothing but -inf gets -1.
+    `logits` is `[n, vocab_size]`, `temperature` `[n]` float32, 0 is greedy; `bits` `[n]` int64, what `random_bits`
+    gives. Of equal best logits, greedy takes the first. A row with a NaN, with +inf or with nothing but -inf gets -1.
     """
     n, vocab_size = logits.shape
     num_pieces = triton.cdiv(vocab_size, PIECE)

@@ -35,8 +35,8 @@ class Embedding(nn.Module):
 class LMHead(Linear):
     """The matrix product that gives the logits.
 
-    They stay in the type that the model computes in: the sampler makes each number float32 when it reads it, and 150,000
-    logits a row are better not written twice.
+    They stay in the type that the model computes in: the sampler makes each number float32 when it reads it, and
+    150,000 logits a row are better not written twice.
 
     Tied to an embedding, it has that one's weight (Press and Wolf 2017, "Using the Output Embedding to Improve Language
     Models"). When it is packed the embedding keeps the original, for rows cannot be looked up in a packed weight.

@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         self.root_eps = torch.tensor(eps**0.5, dtype=torch.float32, device="cpu")
 
     def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` is `[..., size]`; returns the same shape and dtype. A `delta` of that shape is first added to `x`, in place.
+        """`x` is `[..., size]`; returns the same shape and dtype. A `delta` like it is first added to `x`, in place.
 
         A sum and the norm of it read and write the residual stream once on a GPU, in one kernel instead of two.
         """

@@ -68,7 +68,7 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """A product whose inputs are shared out, as a `ColumnParallelLinear` left them. Its output is whole on every rank."""
+    """A product whose inputs are shared out, as a `ColumnParallelLinear` left them; its output is whole everywhere."""
 
     def __init__(self, in_features: int, out_features: int, ranks: Ranks, bias: bool = False) -> None:
         super().__init__(len(ranks.share(in_features)), out_features, bias)

@@ -35,8 +35,8 @@ NO_TOKEN = -1  # the answer for a row with a NaN or an infinite maximum: nothing
 # A nucleus is nearly always this small. To rank the whole vocabulary takes eight times as long on a CPU.
 USUAL_NUCLEUS = 1024
 
-# So many rows are sampled at a time. All at once are no faster on a CPU, and what a vocabulary of 150,000 needs in between
-# is 5.5 MB for a row with top-p.
+# So many rows are sampled at a time. All at once are no faster on a CPU, and what a vocabulary of 150,000 needs in
+# between is 5.5 MB for a row with top-p.
 ROWS_AT_A_TIME = {"cpu": 16, "cuda": 64}
 
 

@@ -139,7 +139,7 @@ def check_longest_pause(answer: Callable[..., Any], random: random.Random) -> It
         if got == right - 1:
             yield f"{case}; you return {got}. From step 3 to step 5 it takes two steps, not one."
         elif got == steps[-1] - steps[0]:
-            yield f"{case}; you return {got}, the time from the first token to the last. Which *two* are furthest apart?"
+            yield f"{case}; you return {got}, from the first token to the last. Which *two* are furthest apart?"
         else:
             yield f"{case}; at most {right} steps lie between two of them, and you return {got}."
 
@@ -259,7 +259,8 @@ def check_ageing(answer: Any, random: random.Random) -> Iterator[str]:
     if waits[answer] > 0.95 * waits[Scheduler]:  # in 300 random workloads the solution had at most 0.88 of it
         yield (
             f"nobody starves, but the short ones gain nothing: half of the requests have their first token after "
-            f"{waits[answer]:.0f} steps, and first come, first served gives {waits[Scheduler]:.0f}. Do short ones go first?"
+            f"{waits[answer]:.0f} steps, and first come, first served gives {waits[Scheduler]:.0f}. "
+            "Do short ones go first?"
         )
 
 

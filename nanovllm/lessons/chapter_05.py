@@ -1,4 +1,6 @@
-"""What chapter 05 shares: a step's operators as a picture, a tape in the place of CUDA graphs, padding, exercise checks."""
+"""What chapter 05 shares: a step's operators as a picture, a tape in the place of CUDA graphs, padding, exercise
+checks.
+"""
 
 import os
 import random
@@ -261,7 +263,8 @@ def lines_of(recording: dict[str, Any]) -> Iterator[str]:
     seconds, graphs = recording["seconds"], recording["graphs"]
     for n, replayed in seconds["graph"].items():
         eager = seconds["eager"][n]
-        yield f"batch {n:>3}: eager {1000 * eager:6.2f} ms, graph {1000 * replayed:6.2f} ms, {eager / replayed:.1f} times"
+        faster = f"{eager / replayed:.1f} times"
+        yield f"batch {n:>3}: eager {1000 * eager:6.2f} ms, graph {1000 * replayed:6.2f} ms, {faster}"
     for name, run in recording["timelines"].items():
         kind, n = name.split(", batch ")
         computing = Launches.from_dict(run).computing
@@ -404,12 +407,13 @@ def check_at_most_one(answer: Callable[..., Any], random: random.Random) -> Iter
         if not torch.allclose(y, expected):
             looks = any(op._schema.name in LOOKS for op, *_ in tape.calls)
             why = (
-                "Somewhere Python still asks for a number (in an `if`, with `float()`, `max()` or `.item()`), and keeps "
-                "what it got at capture."
+                "Somewhere Python still asks for a number (in an `if`, with `float()`, `max()` or `.item()`), and "
+                "keeps what it got at capture."
                 if looks
                 else "Is the answer written where the tape knows of?"
             )
-            yield f"captured with a largest number of {at_capture} and replayed with {later}, it gives a wrong answer. {why}"
+            case = f"captured with a largest number of {at_capture} and replayed with {later}"
+            yield f"{case}, it gives a wrong answer. {why}"
 
 
 LOOKS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero"}
@@ -437,12 +441,12 @@ def check_careful(answer: Any, random: random.Random) -> Iterator[str]:
     for x in (given[1], given[2]):
         got = careful(x)
         if got.shape != (num_rows, 4) or not torch.allclose(got, (x @ weight).relu()):
-            yield "the second call gives the answer of another input. Are the new numbers copied into the tape's own tensor?"
+            yield "the second call answers another input. Are the new numbers copied into the tape's own tensor?"
             return
     if num_calls > calls:
         yield f"each call runs the function again ({num_calls} times in all). Record it once, then only replay."
     if not torch.equal(first, kept):
-        yield "a later call changes the answer that an earlier one returned. Return a copy: the tape uses its memory again."
+        yield "a later call changes an earlier one's answer. Return a copy: the tape uses its memory again."
     if not all(torch.equal(x, saved) for x, saved in zip(given, inputs)):
         yield "a call changes the tensor that it was given. Keep a buffer of your own."
     wrong = {f"{num_rows + 1} rows": (num_rows + 1, size), "one row": (1, size), "another width": (num_rows, 1)}
@@ -452,9 +456,9 @@ def check_careful(answer: Any, random: random.Random) -> Iterator[str]:
         except ValueError as error:
             told = str(error)
             if not all(str(n) in told for n in (*shape, num_rows, size)):
-                yield f"the message for {words} is {told!r}. Name both shapes: what came, and what the tape was made for."
+                yield f"the message for {words} is {told!r}. Name both shapes: what came, and the tape's own."
         except RuntimeError as error:
-            yield f"{words} gives PyTorch's own error ({str(error)[:60]} …). Refuse it yourself, before anything is copied."
+            yield f"{words} gives PyTorch's own error ({str(error)[:60]} …). Refuse it yourself, before you copy."
         else:
             yield f"a tensor of {words} is accepted. (`copy_` spreads one row over many, without a word.)"
 

@@ -37,7 +37,7 @@ def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Causal attention, as in chapter 01, of however many heads: `[tokens, heads, 64]`, and twice `[…, KV heads, 64]`."""
+    """Causal attention, as in chapter 01, of any number of heads: `[tokens, heads, 64]`, twice `[…, KV heads, 64]`."""
     sharing = query.size(1) // key.size(1)
     query = query.transpose(0, 1) / HEAD_DIM**0.5
     key, value = (x.repeat_interleave(sharing, dim=1).transpose(0, 1) for x in (key, value))

@@ -83,7 +83,7 @@ class Device:
         return Launches(self.launches, kernels).from_zero()
 
     def fastest(self, work: Callable[[], Any], repeats: int = 20, **tensors: torch.Tensor) -> Launches:
-        """Watch the same work so often, each time on these tensors; of the runs, the fastest: other programs disturb."""
+        """Watch the same work so often, each time on these tensors; of the runs the fastest: others disturb."""
         runs = []
         for _ in range(repeats):
             for name, value in tensors.items():

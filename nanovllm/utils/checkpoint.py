@@ -33,7 +33,7 @@ def load_hf_config(path: Path) -> PretrainedConfig:
 
 
 def head_dim_of(hf_config: PretrainedConfig) -> int:
-    """How many numbers an attention head has; many config.json leave it out where the heads share out the hidden size."""
+    """How many numbers an attention head has; many config.json leave it out if the heads share out the hidden size."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 

@@ -22,7 +22,7 @@ class Context:
     num_decodes: int  # the first `num_decodes` sequences have exactly one new token each
     query_start: (
         torch.Tensor
-    )  # [num_seqs + 1] int32: sequence i's new tokens are rows query_start[i] : query_start[i + 1]
+    )  # [num_seqs + 1] int32: where each sequence's new tokens start in the batch, and the last end
     context_lens: torch.Tensor  # [num_seqs] int32: tokens each sequence can look back on, its new ones included
     block_tables: torch.Tensor  # [num_seqs, max_blocks] int32: physical block of each logical block; rest is padding
     slot_mapping: torch.Tensor  # [num_tokens] int64: where each new token's K/V goes, block * block_size + offset

@@ -1,4 +1,4 @@
-"""The cache map: every physical block of the KV cache, who holds it, how full it is; and each request's way to its own."""
+"""The cache map: every physical block of the KV cache, who holds it, how full it is; each request's way to its own."""
 
 from matplotlib.figure import Figure
 

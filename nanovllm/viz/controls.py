@@ -9,7 +9,7 @@ from nanovllm.viz.live import STATIC
 
 
 class Controls(anywidget.AnyWidget):
-    """What a reader presses: `pressed(button=…, prompt=…, max_tokens=…, request=…)` is called with all that there is."""
+    """What a reader presses: `pressed(button=…, prompt=…, max_tokens=…, request=…)` is called with all there is."""
 
     _esm = STATIC / "controls.js"
     _css = STATIC / "widget.css"

@@ -39,7 +39,7 @@ mount(document.getElementById("player"), {{ view: "{view}", index: {index}, data
 def export_html(
     shown: Trace | Frames | Explorer | RankMap, path: str | Path, step: int | None = None, view: str = "Player"
 ) -> None:
-    """Write one HTML file that opens anywhere: an explorer, a rank map, or a run as a `Player`, a `CacheMap` or a `Timeline`.
+    """Write one HTML file that opens anywhere: an explorer, a rank map, or a run as `Player`, `CacheMap` or `Timeline`.
 
     `step` is the step of the run to begin with; by default the one with most blocks in use.
     """

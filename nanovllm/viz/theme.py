@@ -90,6 +90,6 @@ def png(figure: Figure) -> bytes:
 
 
 def picture_bundle(figure: Figure, text: str, alt: str, **metadata: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """What Jupyter displays: the figure, and `text` for those who do not see it and for the comparison of a test run."""
+    """What Jupyter displays: the figure, and `text` for those who do not see it, and for tests to compare."""
     data = {"image/png": base64.b64encode(png(figure)).decode(), "text/plain": text}
     return data, {"image/png": {"alt": alt, **metadata}}

@@ -75,9 +75,8 @@ def served(folder: Path) -> Iterator[str]:
     settings = folder.parent / "settings"
     notebook_settings = settings / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     notebook_settings.parent.mkdir(parents=True)
-    notebook_settings.write_text(
-        json.dumps({"windowingMode": "none"})
-    )  # all cells are in the page, not the visible ones
+    # All cells are in the page, not the visible ones.
+    notebook_settings.write_text(json.dumps({"windowingMode": "none"}))
     folders = {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(settings / "workspaces")}
     environment = os.environ | folders  # not this user's own, which may have other notebooks open
     with log.open("w") as file:

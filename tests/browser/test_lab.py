@@ -70,9 +70,8 @@ def test_the_stepper_by_keyboard(page):
     page.keyboard.press("Enter")
     sync_api.expect(sentence(page)).not_to_have_text(before, timeout=MINUTES)
     area.get_by_role("textbox", name="Prompt").fill("")
-    area.get_by_role("textbox", name="Prompt").press_sequentially(
-        "a b"
-    )  # `a` and `b` insert cells in Lab's command mode
+    # In Lab's command mode `a` and `b` insert cells.
+    area.get_by_role("textbox", name="Prompt").press_sequentially("a b")
     assert page.locator(".jp-Cell").count() == cells
 
 

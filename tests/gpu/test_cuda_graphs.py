@@ -94,7 +94,7 @@ def test_chunks_preemption_and_sharing_replay_too(tiny_qwen3_path):
 
 
 def test_graphs_outlive_those_of_another_engine(tiny_qwen3_path, tiny_llama_path):
-    """What cuBLAS needs in a graph is that graph's own, also when the other engine's memory is somebody else's by now."""
+    """What cuBLAS needs in a graph is that graph's own, also when the other engine's memory is somebody else's."""
     settings = dict(dtype="bfloat16", device="cuda", num_kv_blocks=100, max_num_seqs=16)
     prompts, params = prompts_of([5, 60, 33]), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     engines = [LLM(path, **settings) for path in (tiny_qwen3_path, tiny_llama_path, tiny_qwen3_path)]

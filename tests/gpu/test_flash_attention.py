@@ -1,4 +1,6 @@
-"""The FlashAttention backend in an engine, with and without CUDA graphs; its kernels alone are in tests/test_attention.py."""
+"""The FlashAttention backend in an engine, with and without CUDA graphs; its kernels alone are in
+tests/test_attention.py.
+"""
 
 import pytest
 import torch

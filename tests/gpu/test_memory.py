@@ -63,7 +63,7 @@ print(json.dumps(asdict(llm.engine.model_runner.memory)))
 
 @pytest.mark.parametrize("settings", [{}, dict(max_num_batched_tokens=16_384, max_model_len=4096)])
 def test_graphs_take_no_more_than_was_reserved_for_them(settings):
-    """In a process of its own: CUDA keeps what it has taken for graphs, and gives it to the next ones of the process."""
+    """In a process of its own: CUDA keeps what it has taken for graphs, and gives it to the process's next ones."""
     with qwen3_folder() as path:
         given = json.dumps({"model": str(path), "load_format": "dummy", "device": "cuda"} | settings)
         output = subprocess.check_output([sys.executable, "-c", NEW_ENGINE, given], text=True)

@@ -1,4 +1,4 @@
-"""The engine on a GPU gives the tokens of the engine on a CPU: random settings, prompts that begin alike, preemption."""
+"""The engine on a GPU gives the tokens of that on a CPU: random settings, prompts that begin alike, preemption."""
 
 import random
 
