@@ -17,7 +17,7 @@ from nanovllm.lessons.chapter_01 import (
 )
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.viz.theme import new_figure
-from tests.test_notebooks import check_told, read
+from tests.test_notebooks import check_told, read, verdict
 
 CHAPTER = NOTEBOOKS / "01_kv_cache.ipynb"
 
@@ -175,6 +175,7 @@ WRONG = [
     (3, PACK.format(scale=SCALE, numbers="x / scale"), "make them"),
     (3, PACK.format(scale=SCALE, numbers="(x / scale).to(torch.int8)"), "round the others"),
     (3, PACK.format(scale="x.abs().amax() / 127", numbers=NUMBERS), "a scale of its own"),
+    (3, PACK.format(scale="x.abs().amax(dim=-1, keepdim=True) / 127", numbers=NUMBERS), "0 / 0 is NaN"),
     (3, PACK.format(scale="x.abs().clamp(min=1e-8) / 127", numbers=NUMBERS), "one for each is enough"),
     (4, VERIFY.format(end="start + 1 + len(guesses)", returned="chosen[: right + 1]"), "roll the rejected"),
     (4, VERIFY.format(end="start + right", returned="chosen[: right + 1]"), "were right"),
@@ -187,3 +188,18 @@ WRONG = [
 @pytest.mark.parametrize(("number", "answer", "words"), WRONG)
 def test_a_wrong_answer_is_told_what_is_wrong(number, answer, words):
     check_told(CHAPTER, number, answer, words)
+
+
+@pytest.mark.parametrize(
+    ("scale", "numbers"),
+    [
+        ("torch.where(largest == 0, 1.0, largest / 127)", "(x / scale).round().to(torch.int8)"),
+        ("largest / 127", "(x / scale).nan_to_num().round().to(torch.int8)"),
+        ("largest / 127", "(x / scale.clamp(min=1e-8)).round().char()"),
+    ],
+)
+def test_every_way_around_a_head_of_zeros_is_right(scale, numbers):
+    largest = "import torch\n" + PACK.replace(
+        "    scale", "    largest = x.abs().amax(dim=-1, keepdim=True)\n    scale"
+    )
+    assert verdict(CHAPTER, 3, largest.format(scale=scale, numbers=numbers)).right

@@ -197,7 +197,13 @@ WRONG = [
         "            by_hits = sorted(self.waiting, key=lambda seq: -len(self.block_manager.find(seq)))\n"
         "            self.waiting.clear()\n"
         "            self.waiting.extend(by_hits)\n"
-        "        return super().schedule()", "goes first"),
+        "        return super().schedule()", "Look anew in every step"),
+    (4, "class CacheAware(Scheduler):\n"
+        "    def schedule(self):\n"
+        "        by_text = sorted(self.waiting, key=lambda seq: seq.token_ids)\n"
+        "        self.waiting.clear()\n"
+        "        self.waiting.extend(by_text)\n"
+        "        return super().schedule()", "the first one, too"),
     (4, "class CacheAware(Scheduler):\n"
         "    def schedule(self):\n"
         "        found = [seq for seq in self.waiting if self.block_manager.find(seq)]\n"

@@ -125,6 +125,10 @@ WRONG = [
         "        self.running.sort(key=lambda seq: seq.num_computed_tokens)\n"
         "        return super().schedule()", "would lose less"),
     (3, "class Cheapest(Scheduler):\n"
+        "    def schedule(self):\n"
+        "        self.running.sort(key=lambda seq: -seq.num_tokens)\n"
+        "        return super().schedule()", "would lose less"),
+    (3, "class Cheapest(Scheduler):\n"
         "    def _admit(self, seq):\n"
         "        return False", "nobody runs"),
     (3, "Cheapest = 3", "Give the class"),
@@ -132,6 +136,7 @@ WRONG = [
     (4, AGEING.format(key="seq.max_num_tokens - 0.1 * (self.now - self.since[seq.id])"), "starves: in step"),
     (4, AGEING.format(key="self.since[seq.id]"), "the short ones gain nothing"),
     (4, AGEING.format(key="-seq.max_num_tokens"), "Waiting must count"),
+    (4, AGEING.format(key="seq.num_tokens - (self.now - self.since[seq.id])"), "Do short answers go first"),
     (4, "class Ageing(Scheduler):\n"
         "    pass", "Do short ones go first"),
     (4, "Ageing = 3", "Give the class"),

@@ -235,7 +235,7 @@ DERIVED = {
     "10": "CUDA's version",
     "5000": "any large number",
     "50": "minutes to read",
-    "22": "26 - 4 operators",
+    "26": "30 - 4 operators",
     "576": "the default model's width, chapter 01",
     "129": "any number above 128",
     "49152": "the default model's vocabulary, chapter 00",

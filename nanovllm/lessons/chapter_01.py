@@ -8,6 +8,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.lessons.checks import attempted, exercise
@@ -247,7 +248,10 @@ def check_pack(answer: Any, random: random.Random) -> Iterator[str]:
         x = torch.randn(num_tokens, 3, 64, generator=generator)
         x[0, 1] *= 100  # some heads are loud
         x[-1, 2] = 0  # and some say nothing
-        numbers, scale = attempted(pack(x))
+        with FromNaN() as casts:
+            numbers, scale = attempted(pack(x))
+        if casts.from_nan:
+            yield "a head of zeros has the scale 0 with you, and 0 / 0 is NaN: what that is as an int8 is up to the machine."
         half_steps = x.abs().amax(dim=-1, keepdim=True) / 127 / 2
         if numbers.dtype != torch.int8 or numbers.shape != x.shape:
             yield f"the packed numbers are {list(numbers.shape)} {numbers.dtype}; make them {list(x.shape)} torch.int8."
@@ -265,6 +269,18 @@ def check_pack(answer: Any, random: random.Random) -> Iterator[str]:
                 if scale.numel() == 1
                 else "The largest number of the 64 becomes 127 or -127; round the others, do not cut them off."
             )
+
+
+class FromNaN(TorchDispatchMode):
+    """Notices in a `with` block whether NaN is made an int8, which gives 0 on one machine and another number elsewhere."""
+
+    from_nan = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.int8:
+            self.from_nan |= any(bool(x.isnan().any()) for x in args if isinstance(x, torch.Tensor))
+        return result
 
 
 @exercise(4, "This is the heart of speculative decoding: several tokens from one reading of the weights.")

@@ -430,15 +430,22 @@ def check_cache_aware(answer: Any, random: random.Random) -> Iterator[str]:
     for _ in range(4):
         beginnings = [[i] * 32 for i in range(4)]
         prompts = [[*random.choice(beginnings), 100 + i] for i in range(24)]
-        (first, _), (best, _) = (serve(p, prompts, BlockManager(5, 16)) for p in (Scheduler, CacheAware))
-        got, num_left = serve(policy, prompts, BlockManager(5, 16))
+        pools = [BlockManager(5, 16) for _ in range(3)]
+        before = [
+            *beginnings[random.choice([1, 2])],
+            99,
+        ]  # neither the first nor the last, so sorting them is not enough
+        for blocks in pools:
+            serve(Scheduler, [before], blocks)
+        policies = (Scheduler, CacheAware, policy)
+        (first, _), (best, _), (got, num_left) = (serve(p, prompts, blocks) for p, blocks in zip(policies, pools))
         case = f"of {33 * len(prompts)} prompt tokens, {first} are found in order of arrival, {best} in that asked for"
         if num_left:
             yield f"{num_left} of 24 requests are never answered. Is everybody still in `self.waiting`?"
         elif got <= first:
             yield f"{case}, and {got} with yours. Who has the most cached blocks *now* goes first."
         elif got < best:
-            yield f"{case}, and {got} with yours. Look anew in every step: what is cached changes."
+            yield f"{case}, and {got} with yours. Look anew in every step, the first one, too: what is cached changes."
 
 
 class CacheAware(Scheduler):

@@ -205,9 +205,9 @@ def play(
         played.done.update(seq.id for seq in scheduler.update(batch, [7] * sum(s.samples for s in batch.scheduled)))
 
 
-def make_scheduler(policy: Any, num_blocks: int, max_num_seqs: int) -> Scheduler:
+def make_scheduler(policy: Any, num_blocks: int, max_num_seqs: int, budget: int = 256) -> Scheduler:
     """An engine's scheduler without the engine."""
-    config = Config(max_num_seqs=max_num_seqs, max_num_batched_tokens=256)
+    config = Config(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
     return policy(config, BlockManager(num_blocks, 16, enable_prefix_caching=False))
 
 
@@ -223,9 +223,13 @@ def check_cheapest(answer: Any, random: random.Random) -> Iterator[str]:
     if not is_policy(answer):
         yield NO_CLASS
         return
-    for _ in range(4):
-        requests = sorted((random.randint(0, 60), random.randint(5, 80), random.randint(8, 60)) for _ in range(20))
-        scheduler = make_scheduler(answer, num_blocks=random.randint(12, 16), max_num_seqs=8)
+    for _ in range(40):
+        # Every third prompt is long, and computed in chunks: in the middle of them a request has many tokens, few of them
+        # computed. In one such run of seven somebody loses more who goes by the number of tokens.
+        long = [(random.randint(0, 40), random.randint(90, 130), random.randint(20, 60)) for _ in range(8)]
+        short = [(random.randint(0, 40), random.randint(5, 40), random.randint(20, 60)) for _ in range(16)]
+        requests = sorted(long + short)
+        scheduler = make_scheduler(answer, num_blocks=random.randint(20, 26), max_num_seqs=8, budget=16)
         for now, batch, computed, played in play(scheduler, requests):
             left = dict(computed)
             for victim in batch.preempted:
@@ -250,18 +254,19 @@ def check_ageing(answer: Any, random: random.Random) -> Iterator[str]:
         return
     for _ in range(3):
         yield from complaints_about_starving(answer, random)
-    mixed = mixed_workload(random)
-    waits = {}
-    for policy in (answer, Scheduler):
-        for *_, played in play(make_scheduler(policy, num_blocks=400, max_num_seqs=8), mixed):
-            pass
-        waits[policy] = median(played.waits)
-    if waits[answer] > 0.95 * waits[Scheduler]:  # in 300 random workloads the solution had at most 0.88 of it
-        yield (
-            f"nobody starves, but the short ones gain nothing: half of the requests have their first token after "
-            f"{waits[answer]:.0f} steps, and first come, first served gives {waits[Scheduler]:.0f}. "
-            "Do short ones go first?"
-        )
+    for case, workload in {"": mixed_workload(random), " where all prompts are alike": equal_prompts(random)}.items():
+        waits = {}
+        for policy in (answer, Scheduler):
+            for *_, played in play(make_scheduler(policy, num_blocks=400, max_num_seqs=8), workload):
+                pass
+            waits[policy] = median(played.waits)
+        # In 300 random workloads of the first kind the solution had at most 0.88 of it, in 150 of the second 0.23.
+        if waits[answer] > 0.95 * waits[Scheduler]:
+            yield (
+                f"nobody starves, but{case} the short ones gain nothing: half of the requests have their first token "
+                f"after {waits[answer]:.0f} steps, and first come, first served gives {waits[Scheduler]:.0f}. "
+                f"Do short {'answers' if case else 'ones'} go first?"
+            )
 
 
 def mixed_workload(random: random.Random) -> list[tuple[int, int, int]]:
@@ -272,6 +277,11 @@ def mixed_workload(random: random.Random) -> list[tuple[int, int, int]]:
         prompt_len = random.randint(200, 400) if i % 8 == 4 else random.randint(8, 60)
         requests.append((int(now), prompt_len, random.randint(4, 60)))
     return requests
+
+
+def equal_prompts(random: random.Random) -> list[tuple[int, int, int]]:
+    """Requests that differ in their answers alone; every third one's is long."""
+    return [(i, 16, random.randint(80, 120) if i % 3 == 0 else random.randint(4, 8)) for i in range(48)]
 
 
 def complaints_about_starving(policy: Any, random: random.Random) -> Iterator[str]:

@@ -34,7 +34,7 @@ from nanovllm.lessons.chapter_04 import play
 from nanovllm.lessons.checks import attempted, exercise
 from nanovllm.lessons.device import Device
 from nanovllm.lessons.display import show
-from nanovllm.lessons.launches import Launches, draw_launches, told
+from nanovllm.lessons.launches import Launches, draw_launches, launches_of
 from nanovllm.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 from nanovllm.viz.theme import EMPTY, HATCHES, INK, MUTED, QUIET, new_figure, styled
 
@@ -253,8 +253,8 @@ def show_recording(recording: dict[str, Any]) -> None:
     runs = {name: Launches.from_dict(run) for name, run in recording["timelines"].items()}
     for n in dict.fromkeys(name.rpartition(" ")[2] for name in runs):
         pair = {name: run for name, run in runs.items() if name.endswith(f"batch {n}")}
-        alt = "; ".join(f"{name}: {told(run)}" for name, run in pair.items())
-        show(draw_launches(pair), "the grey in the GPU's lane, left of the dotted line.", alt=alt)
+        alt = "; ".join(f"{name}: {launches_of(run)}" for name, run in pair.items())
+        show(draw_launches(pair, words=launches_of), "the grey in the GPU's lane, left of the dotted line.", alt=alt)
     print("\n".join(lines_of(recording)))
 
 

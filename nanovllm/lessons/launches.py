@@ -1,6 +1,6 @@
 """Launches and kernels on one clock: read from PyTorch's profiler, drawn to scale."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -110,8 +110,22 @@ def short(name: str) -> str:
 # -- As a picture ------------------------------------------------------------------------------------------------------
 
 
-def draw_launches(runs: Mapping[str, Launches], device: str = "GPU") -> Figure:
-    """Two lanes for each run, launches above and what the device does below, all on one scale of time."""
+def launches_of(run: Launches) -> str:
+    """How many, in words."""
+    number = len(run.launches)
+    return f"{number} launch{'es' * (number != 1)}"
+
+
+def told(run: Launches) -> str:
+    """A run in words."""
+    return f"{launches_of(run)}, {1e3 * run.seconds:.3g} ms, busy {run.busy:.0%}"
+
+
+def draw_launches(runs: Mapping[str, Launches], device: str = "GPU", words: Callable[[Launches], str] = told) -> Figure:
+    """Two lanes for each run, launches above and what the device does below, all on one scale of time.
+
+    `words` are said of a run in its title.
+    """
     longest = max(run.seconds for run in runs.values())
     factor = 1e3  # milliseconds
     figure = new_figure(9, 1.25 * len(runs) + 0.6)
@@ -125,15 +139,9 @@ def draw_launches(runs: Mapping[str, Launches], device: str = "GPU") -> Figure:
             ax.set_ylim(-0.5, 1.5)
             ax.set_yticks([1, 0], ["Python launches", f"{device} computes"], fontsize=9)
             ax.tick_params(axis="y", length=0)
-            ax.set_title(f"{title}: {told(run)}", fontsize=10)
+            ax.set_title(f"{title}: {words(run)}", fontsize=10)
         axes[-1].set_xlabel("milliseconds since the first launch")
     return figure
-
-
-def told(run: Launches) -> str:
-    """A run in words."""
-    number = len(run.launches)
-    return f"{number} launch{'es' * (number != 1)}, {1e3 * run.seconds:.3g} ms, busy {run.busy:.0%}"
 
 
 def draw_lane(ax: Axes, row: int, events: list[Event], colour: str, factor: float, longest: float) -> None:

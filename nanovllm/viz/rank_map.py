@@ -100,8 +100,8 @@ def rank_map_figure(slices: Slices, choice: Choice) -> Figure:
 def draw_box(ax: Axes, box: Box, chosen: str) -> None:
     """A tensor: its name and shape above, a rectangle for each slice; pale, if it is not of the chosen rank."""
     shape = f"{box.shape}{', drawn wider' if box.stretched else ''}"
-    ax.text(box.left, box.top - 16, box.name, fontsize=9, fontweight="bold", va="center", parse_math=False)
-    ax.text(box.left, box.top - 5.5, shape, fontsize=7.5, va="center", color=QUIET, parse_math=False)
+    ax.text(box.left, box.top - 18, box.name, fontsize=9, fontweight="bold", va="center", parse_math=False)
+    ax.text(box.left, box.top - 6, shape, fontsize=7.5, va="center", color=QUIET, parse_math=False)
     for region in box.regions:
         place = (box.left + region.left * box.width, box.top + region.top * box.height)
         wide, high = (region.right - region.left) * box.width, (region.bottom - region.top) * box.height
@@ -113,12 +113,10 @@ def draw_box(ax: Axes, box: Box, chosen: str) -> None:
             colour, style = EMPTY, dict(facecolor=EMPTY, edgecolor=QUIET, linewidth=0.8)
         ax.add_patch(Rectangle(place, wide, high, alpha=PALE if is_pale else None, **style))
         if not is_pale:
-            plate = dict(boxstyle="round,pad=0.12", facecolor=colour, edgecolor="none")
+            plate = dict(boxstyle=f"round,pad={0.12 if high > 14 else 0.02}", facecolor=colour, edgecolor="none")
             ink = INK if len(region.ranks) > 1 else ink_on(colour)
             middle = (place[0] + wide / 2, place[1] + high / 2)
-            words: dict[str, Any] = dict(
-                ha="center", va="center_baseline", fontsize=8 if high > 14 else 6.5, bbox=plate
-            )
+            words: dict[str, Any] = dict(ha="center", va="center_baseline", fontsize=8 if high > 14 else 6, bbox=plate)
             ax.text(*middle, label_of(region.ranks), color=ink, **words)
 
 
