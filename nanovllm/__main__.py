@@ -128,7 +128,9 @@ def run_generate(args: argparse.Namespace) -> None:
     for chunk in llm.stream(args.prompt, params):
         print(chunk["text"], end="", flush=True)
         arrivals += [time.perf_counter() - start] * len(chunk["token_ids"])
-    line = f"{len(arrivals)} tokens, the first after {arrivals[0]:.2f} s"
+    line = f"{len(arrivals)} tokens"
+    if arrivals:
+        line += f", the first after {arrivals[0]:.2f} s"
     if len(arrivals) > 1:
         line += f", then {(len(arrivals) - 1) / (arrivals[-1] - arrivals[0]):.1f} tokens/s"
     print(f"\n\n[{line}; {chunk['finish_reason']}]", file=sys.stderr)

@@ -67,8 +67,10 @@ class Config:
         if not isinstance(self.device, str):
             raise TypeError(f"device must be a string such as 'auto', 'cpu' or 'cuda', not {self.device!r}")
         check_bool("enforce_eager", self.enforce_eager)
-        for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in ("tensor_parallel_size", "max_num_batched_tokens", "block_size"):
             setattr(self, name, check_int(name, getattr(self, name), at_least=1))
+        # Each has a row in tables that are made at the start: more would be a slip, and an error of the memory's.
+        self.max_num_seqs = check_int("max_num_seqs", self.max_num_seqs, at_least=1, at_most=2**20)
         for name, least in (("max_model_len", 2), ("num_kv_blocks", 1), ("kv_cache_memory", 1)):
             if getattr(self, name) is not None:
                 setattr(self, name, check_int(name, getattr(self, name), at_least=least))

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
 from nanovllm.config import Config
@@ -94,21 +95,36 @@ class LLM:
             messages: dicts with "role" ("system", "user" or "assistant") and "content".
             sampling_params, use_tqdm: as for `generate`.
         """
-        if not isinstance(messages, list) or not messages:
-            raise ValueError("messages must be a list of dicts with 'role' and 'content', or a list of such lists")
-        if isinstance(messages[0], dict):
-            return self.generate([self.apply_chat_template(messages)], sampling_params, use_tqdm)[0]
-        return self.generate([self.apply_chat_template(m) for m in messages], sampling_params, use_tqdm)
+        if not isinstance(messages, list):
+            raise TypeError("messages must be a list of dicts with 'role' and 'content', or a list of such lists")
+        if not messages or isinstance(messages[0], dict):
+            prompt = self.apply_chat_template(messages)  # type: ignore[arg-type]
+            return self.generate([prompt], sampling_params, use_tqdm)[0]
+        prompts = []
+        for i, conversation in enumerate(messages):
+            try:
+                prompts.append(self.apply_chat_template(conversation))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"conversation {i}: {error}") from error
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def apply_chat_template(self, messages: list[Message]) -> list[int]:
         """The prompt, as token ids, that asks the model for the next message of a conversation."""
         tokenizer = self.engine.tokenizer
         if tokenizer is None or not tokenizer.chat_template:
             raise ValueError("this model has no chat template; use generate with a prompt of your own")
+        if not isinstance(messages, list):
+            kind = type(messages).__name__
+            raise TypeError(f"a conversation must be a list of dicts with 'role' and 'content', not {kind}")
+        if not messages:
+            raise ValueError("messages is empty; give at least one dict with 'role' and 'content'")
         for i, message in enumerate(messages):
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
                 raise ValueError(f"messages[{i}] must be a dict with 'role' and 'content', not {message!r}")
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:  # "roles must alternate", say
+            raise ValueError(f"the model's chat template refuses the messages: {error}") from error
         return tokenizer.encode(text, add_special_tokens=False)  # the template has written them already
 
     # -- Piece by piece ------------------------------------------------------------------------------------------------
@@ -173,7 +189,7 @@ class LLM:
 
     def has_unfinished_requests(self) -> bool:
         """Whether another `step` would do something."""
-        return bool(self.engine.requests or self._undelivered)
+        return bool(self.engine.requests or self.engine.finished or self._undelivered)
 
     def close(self) -> None:
         """Give back all memory and end all processes. Calling it twice is fine; nothing else works afterwards."""
@@ -203,8 +219,13 @@ class LLM:
                 requests.append(self.engine.make_request(prompt, request_params))  # type: ignore[arg-type]
             except (TypeError, ValueError) as error:
                 raise type(error)(f"prompt {i}: {error}") from error
-        for request in requests:
-            self.engine.enqueue(request)
+        for i, request in enumerate(requests):
+            try:
+                self.engine.enqueue(request)
+            except (TypeError, ValueError) as error:  # a scheduler of the user's own may refuse one
+                for earlier in requests[:i]:
+                    self.engine.abort(earlier.seq.id)
+                raise type(error)(f"prompt {i}: {error}") from error
         return requests
 
     def _step(self) -> tuple[Batch, list[Request]]:
@@ -231,9 +252,11 @@ class LLM:
             yield
         finally:
             self._awaited.difference_update(requests)
-            for request in requests:
-                if self._engine is not None and not request.seq.is_finished:  # closed, and they are gone with it
-                    self._engine.abort(request.seq.id)
+            if self._engine is not None:  # closed, and they are gone with it
+                self._engine.finished = [request for request in self._engine.finished if request not in requests]
+                for request in requests:
+                    if not request.seq.is_finished:
+                        self._engine.abort(request.seq.id)
 
 
 class Progress:

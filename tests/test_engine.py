@@ -16,8 +16,7 @@ from nanovllm import LLM, SamplingParams
 
 from .greedy import LONGEST, PROMPTS, CountingScheduler, encode, run
 
-# -- Tiny models: every setting with every other
-# -------------------------------------------------------------------------
+# -- Tiny models: every setting with every other -----------------------------------------------------------------------
 
 TINY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 

@@ -18,9 +18,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import llm_engine
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils.loader import build_model
 from tests.conftest import collector_off
 
@@ -285,10 +287,32 @@ def test_chat(default_model_path):
     assert [a["token_ids"] for a in answers] == [answer["token_ids"]] * 2
 
 
-@pytest.mark.parametrize("messages", [[], "Hi", [{"role": "user"}], ["Hi"], [[{"content": "Hi"}]]])
-def test_a_broken_conversation(llm, messages):
-    with pytest.raises(ValueError, match="'role' and 'content'"):
+GOOD_MESSAGE = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "words"),
+    [
+        ([], ValueError, "messages is empty"),
+        ("Hi", TypeError, "must be a list of dicts with 'role' and 'content'"),
+        ([{"role": "user"}], ValueError, r"^messages\[0\] must be a dict with 'role' and 'content'"),
+        (
+            ["Hi"],
+            TypeError,
+            "conversation 0: a conversation must be a list of dicts with 'role' and 'content', not str",
+        ),
+        ([[GOOD_MESSAGE], 3], TypeError, "conversation 1: a conversation must be a list of dicts"),
+        ([[GOOD_MESSAGE], [{"content": "Hi"}]], ValueError, r"conversation 1: messages\[0\] must be a dict"),
+        ([[GOOD_MESSAGE], []], ValueError, "conversation 1: messages is empty"),
+        ([GOOD_MESSAGE, GOOD_MESSAGE], ValueError, "the model's chat template refuses the messages: take turns"),
+    ],
+)
+def test_a_broken_conversation(llm, monkeypatch, messages, error, words):
+    template = "{% if messages|length > 1 %}{{ raise_exception('take turns') }}{% endif %}{{ messages[0].content }}"
+    monkeypatch.setattr(llm.engine.tokenizer, "chat_template", template)
+    with pytest.raises(error, match=words):
         llm.chat(messages, use_tqdm=False)
+    assert not llm.engine.requests
 
 
 # -- Sampling ----------------------------------------------------------------------------------------------------------
@@ -389,8 +413,7 @@ def test_generate_leaves_requests_added_by_hand_to_those_who_added_them(llm):
     assert output["request_id"] == longer
 
 
-# -- Bad input: refused before any work, by name, and nobody else is harmed
-# ----------------------------------------------
+# -- Bad input: refused before any work, by name, and nobody else is harmed --------------------------------------------
 
 BAD_REQUESTS = {
     "empty prompt": ([""], None, ValueError, "prompt 0: the prompt is empty"),
@@ -410,6 +433,7 @@ BAD_REQUESTS = {
     ),
     "stop id": (["ok"], SamplingParams(stop_token_ids=[10**6]), ValueError, "prompt 0: stop_token_ids must be at most"),
     "params type": (["ok"], {"temperature": 0.0}, TypeError, "sampling_params must be a SamplingParams, not dict"),
+    "half a character": (["ok", "a\ud800"], None, ValueError, r"prompt 1: the prompt has half a character, '\\ud800'"),
     "too few params": (["a", "b", "c"], [GREEDY], ValueError, "there are 3 prompts but 1 sampling_params"),
 }
 
@@ -434,6 +458,7 @@ def test_bad_request(llm, case):
         ({"max_num_seq": 4}, TypeError, "unknown setting 'max_num_seq'; did you mean 'max_num_seqs'"),
         ({"blocksize": 4}, TypeError, "unknown setting 'blocksize'; did you mean 'block_size'"),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be at least 1, not 0"),
+        ({"max_num_seqs": 2**40}, ValueError, "max_num_seqs must be at most 1048576, not 1099511627776"),
         ({"max_num_seqs": True}, TypeError, "max_num_seqs must be an integer, not True"),
         ({"max_num_batched_tokens": 2.5}, TypeError, "max_num_batched_tokens must be an integer"),
         ({"block_size": -16}, ValueError, "block_size must be at least 1, not -16"),
@@ -539,6 +564,20 @@ def test_no_tokenizer(model_path, tmp_path):
         llm.generate(["Hello"], use_tqdm=False)
 
 
+def test_a_tokenizer_that_knows_more_tokens_than_the_model(model_path, tmp_path):
+    """An id beyond the vocabulary would fail in the middle of a step, again and again, and with it everybody's."""
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        os.symlink(model_path / name, tmp_path / name)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(100)])
+    tokenizer.save_pretrained(tmp_path)
+    llm = LLM(tmp_path, num_kv_blocks=8)
+    earlier = llm.add_request("Hello", GREEDY)
+    with pytest.raises(ValueError, match=r"token \d+ of the prompt must be at most \d+, not \d+; the vocabulary has"):
+        llm.add_request("Hello <new99>", GREEDY)
+    assert list(llm.engine.requests) == [earlier]
+
+
 # -- Accidents ---------------------------------------------------------------------------------------------------------
 
 
@@ -574,6 +613,79 @@ def test_an_interrupt_waits_for_the_end_of_the_step(llm, monkeypatch):
     assert len(request.seq.output_token_ids) == 1, "the step was made"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     llm.abort(request.seq.id)
+
+
+@pytest.mark.parametrize("by", ["step", "generate"])
+def test_an_answer_that_an_interrupted_step_finished_is_not_lost(llm, monkeypatch, by):
+    launch = llm.engine.model_runner.launch
+
+    def interrupted(batch):
+        signal.raise_signal(signal.SIGINT)
+        return launch(batch)
+
+    one = SamplingParams(temperature=0.0, max_tokens=1)
+    by_hand = llm.add_request("Hello", one)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.model_runner, "launch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.step() if by == "step" else generate(llm, ["there"], one)
+    assert llm.has_unfinished_requests()
+    (answer,) = llm.step()
+    assert answer["request_id"] == by_hand and len(answer["token_ids"]) == 1
+    assert not llm.has_unfinished_requests()
+    assert generate(llm, ["you"])[0]["finish_reason"], "and the next call gives its own answers alone"
+
+
+class Slips(Scheduler):
+    """Somebody's own policy, with a mistake in it: the second request that it admits makes it raise half way."""
+
+    num_admitted = 0
+
+    def _admit(self, seq):
+        is_admitted = super()._admit(seq)
+        self.num_admitted += 1
+        if self.num_admitted == 2:
+            raise IndexError("a slip")
+        return is_admitted
+
+
+def test_a_scheduler_that_raises_half_way_harms_nobody(model_path):
+    expected = [o["token_ids"] for o in generate(LLM(model_path, num_kv_blocks=64), ["Hello", "there you are"])]
+    llm = LLM(model_path, num_kv_blocks=64, scheduler=Slips)
+    ids = [llm.add_request("Hello", GREEDY)]
+    llm.step()
+    ids.append(llm.add_request("there you are", GREEDY))
+    with llm.trace() as trace:
+        with pytest.raises(IndexError, match="a slip"):
+            llm.step()
+        assert trace.steps[-1].error == "a slip"
+        assert_the_same_blocks(trace, llm)
+        answers = {}
+        while llm.has_unfinished_requests():
+            answers |= {output["request_id"]: output["token_ids"] for output in llm.step()}
+            assert_the_same_blocks(trace, llm)
+    assert [answers[id] for id in ids] == expected
+    assert_idle(llm)
+
+
+def assert_the_same_blocks(trace, llm) -> None:
+    """What the trace makes of the events is what the block manager has."""
+    states, blocks = trace.blocks_at(len(trace.steps) - 1), llm.engine.block_manager.blocks
+    assert [(s.ref_count, s.hash) for s in states] == [(b.ref_count, b.hash) for b in blocks]
+
+
+class Refuses(Scheduler):
+    def add(self, seq):
+        if len(seq.token_ids) > 5:
+            raise ValueError("too long for me")
+        super().add(seq)
+
+
+def test_a_scheduler_that_refuses_one_prompt_gets_none_of_them(model_path):
+    llm = LLM(model_path, num_kv_blocks=64, scheduler=Refuses)
+    with pytest.raises(ValueError, match="prompt 1: too long for me"):
+        llm.generate([[5, 6], [5] * 6], use_tqdm=False)
+    assert not llm.engine.requests and not llm.engine.scheduler.has_work()
 
 
 def test_trap_blocks_stay_in_the_cache_although_their_step_failed(llm, monkeypatch):
@@ -702,8 +814,7 @@ def test_trap_a_failed_constructor_leaves_torch_changed(model_path, tmp_path, fa
     assert after == before
 
 
-# -- What is shown
-# ------------------------------------------------------------------------------------------------------
+# -- What is shown -----------------------------------------------------------------------------------------------------
 
 
 def test_the_progress_bar_tells_both_speeds(llm, capsys):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from nanovllm import LLM
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.models import get_model_class
@@ -183,6 +184,23 @@ def test_tied_head_may_be_in_the_file(tiny_llama_path, tmp_path):
     assert torch.equal(one, other)
 
 
+def test_tied_head_that_differs_is_refused(tiny_llama_path, tmp_path):
+    """Which of the two does the model mean?"""
+    path = copy_of(tiny_llama_path, tmp_path)
+    change_weights(path, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(
+        ValueError, match="lm_head.weight and model.embed_tokens.weight differ, but .*tie_word_embeddings"
+    ):
+        load(path)
+
+
+def test_whole_numbers_are_no_weights(tiny_llama_path, tmp_path):
+    path, name = copy_of(tiny_llama_path, tmp_path), "model.layers.0.mlp.up_proj.weight"
+    change_weights(path, lambda w: w.update({name: w[name].to(torch.int8)}))
+    with pytest.raises(ValueError, match=f"1 quantized, which is not supported: {name} is I8"):
+        load(path)
+
+
 def test_untied_head_must_be_in_the_file(tiny_qwen3_path, tmp_path):
     path = copy_of(tiny_qwen3_path, tmp_path)
     change_weights(path, lambda w: w.pop("lm_head.weight"))
@@ -306,6 +324,9 @@ def test_a_rank_reads_its_part_of_a_file_and_no_more(tiny_qwen3_path, monkeypatc
         def get_shape(self) -> list[int]:
             return self.tensors.get_slice(self.name).get_shape()
 
+        def get_dtype(self) -> str:
+            return self.tensors.get_slice(self.name).get_dtype()
+
         def __getitem__(self, part) -> torch.Tensor:
             tensor = self.tensors.get_slice(self.name)[part]
             numbers_read[self.name] += tensor.numel()
@@ -350,6 +371,42 @@ def test_unsupported_architecture_is_named():
     config = AutoConfig.for_model("gpt2", architectures=["GPT2LMHeadModel"])
     with pytest.raises(ValueError, match="GPT2LMHeadModel is not supported; supported are LlamaFor.*, Qwen3For"):
         get_model_class(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", "[]", "config.json is not a JSON object"),
+        ("generation_config.json", "[]", "generation_config.json is not a JSON object"),
+        ("model.safetensors.index.json", "[]", "index.json is not a JSON object"),
+        ("config.json", {"architectures": "LlamaForCausalLM"}, "architectures must be a list of names"),
+        (
+            "config.json",
+            {"model_type": "llama"},
+            "Qwen3ForCausalLM .* model_type 'llama', .* that of the one is 'qwen3'",
+        ),
+        ("config.json", {"rms_norm_eps": "small"}, "rms_norm_eps.* float"),
+        (
+            "generation_config.json",
+            {"eos_token_id": 2.5},
+            "eos_token_id must be a token id, or a list of them, not 2.5",
+        ),
+        ("generation_config.json", {"eos_token_id": [None]}, r"must be a token id, or a list of them, not \[None\]"),
+        ("generation_config.json", {"eos_token_id": "</s>"}, "must be a token id, or a list of them, not '</s>'"),
+        ("tokenizer.json", "{}", "the tokenizer in .* cannot be read"),
+        ("tokenizer_config.json", "[]", "the tokenizer in .* cannot be read"),
+        ("tokenizer.json", '{"version": "1.', "the tokenizer in .* cannot be read"),
+    ],
+)
+def test_a_broken_file_is_named(model_path, tmp_path, name, content, words):
+    for file in model_path.iterdir():
+        shutil.copy(file, tmp_path)
+    if isinstance(content, dict):
+        path = tmp_path / name
+        content = json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | content)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        LLM(tmp_path)
 
 
 def test_quantization_is_named(tiny_llama_path, tmp_path):

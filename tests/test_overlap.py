@@ -11,6 +11,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.overlap import Overlap
+from nanovllm.engine.scheduler import Scheduler
 from tests.conftest import collector_off
 
 
@@ -154,6 +155,37 @@ def test_a_stream_left_early_and_an_abort_in_flight(model_path):
         for _ in stream:
             pass
     assert sum(len(step.sampled) for step in trace.steps) in (18, 19)
+    tidy(llm)
+
+
+def test_a_scheduler_that_raises_while_a_step_is_in_flight(model_path, plain):
+    """Nobody knows how far it had come: that step is dropped, too, and all who run are computed again."""
+    prompts, params = [[1, 2, 3], list(range(40))], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    expected = [a["token_ids"] for a in plain.generate(prompts, params, use_tqdm=False)]
+
+    class Slips(Scheduler):
+        num_admitted = 0
+
+        def _admit(self, seq):
+            is_admitted = super()._admit(seq)
+            self.num_admitted += 1
+            if self.num_admitted == 2:
+                raise IndexError("a slip")
+            return is_admitted
+
+    llm = overlapping(model_path, scheduler=Slips)
+    ids = [llm.add_request(prompts[0], params)]
+    stream = llm.stream(prompts[1], params)
+    for _ in range(3):
+        llm._step()
+    assert llm.engine.overlap.in_flight
+    with pytest.raises(IndexError, match="a slip"):
+        next(stream)  # is admitted, and takes itself out again
+    ids.append(llm.add_request(prompts[1], params))
+    answers = {}
+    while llm.has_unfinished_requests():
+        answers |= {answer["request_id"]: answer["token_ids"] for answer in llm.step()}
+    assert [answers[id] for id in ids] == expected
     tidy(llm)
 
 

@@ -722,8 +722,10 @@ def test_two_torchrun_nodes(model_path, tmp_path, device, ranks, shares_its_stor
             from nanovllm import LLM, SamplingParams
             print("starts")
             llm = LLM({str(model_path)!r}, **{settings}, tensor_parallel_size={size})
-            answer = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True),
-            use_tqdm=False) print(answer[0]["token_ids"]) llm.close() try:
+            params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+            print(llm.generate([[1, 2, 3]], params, use_tqdm=False)[0]["token_ids"])
+            llm.close()
+            try:
                 LLM({str(model_path)!r}, **{settings}, tensor_parallel_size={size})
             except RuntimeError as error:
                 print(error)

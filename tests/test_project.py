@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import yaml
 
+from nanovllm import LLM
+from nanovllm.__main__ import run_generate
 from nanovllm.lessons.series import CHAPTERS
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +114,13 @@ def test_command_generate_streams_and_reports(model_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("Hello")
     assert re.search(r"\[4 tokens, the first after [\d.]+ s, then [\d.]+ tokens/s; length\]", run.stderr)
+
+
+def test_command_generate_where_there_is_no_token(model_path, monkeypatch, capsys):
+    """The model's logits are NaN, say."""
+    monkeypatch.setattr(LLM, "stream", lambda *args: iter([{"text": "", "token_ids": [], "finish_reason": "abort"}]))
+    run_generate(SimpleNamespace(model=model_path, prompt="Hello", temperature=1.0, seed=None, max_tokens=4))
+    assert capsys.readouterr().err.endswith("[0 tokens; abort]\n")
 
 
 def test_command_generate_with_a_wrong_setting(model_path):

@@ -511,6 +511,8 @@ def test_logprobs_of_a_row_that_could_not_be_sampled_are_nan() -> None:
         ),
         ({"stop": 5}, TypeError, "stop must be a string, not 5 (int); a list for several, None for none"),
         ({"stop": ["a", ""]}, ValueError, "stop[1] must be a string with something in it, not ''"),
+        ({"stop": ["a\ud800"]}, ValueError, r"stop[0] has half a character, '\ud800', at 1"),
+        ({"cache_salt": "\ud800"}, ValueError, r"cache_salt has half a character, '\ud800', at 0"),
         ({"stop": ["a", 5]}, TypeError, "stop[1] must be a string, not 5 (int)"),
         ({"stop_token_ids": 5}, TypeError, "stop_token_ids must be a list of integers, not 5"),
         ({"stop_token_ids": [1, "2"]}, TypeError, "stop_token_ids[1] must be an integer, not '2' (str)"),

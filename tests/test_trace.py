@@ -22,8 +22,7 @@ from nanovllm.engine.trace import VERSION, BlockState, Trace
 from .conftest import collector_off
 from .scheduling import make_sequence
 
-# -- Without a model
-# -----------------------------------------------------------------------------------------------------
+# -- Without a model ---------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -203,8 +202,7 @@ def test_there_is_no_step_beyond_the_last():
         run.trace.blocks_at(-2)
 
 
-# -- Files
-# ---------------------------------------------------------------------------------------------------------------
+# -- Files -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["run.json", "run.json.gz"])
@@ -243,6 +241,11 @@ def test_files_that_are_no_trace(tmp_path):
         del damaged["steps"][0][name][column]
         path.write_text(json.dumps(damaged))
         with pytest.raises(ValueError, match=f"run.json.gz is a damaged trace: KeyError '{column}'"):
+            Trace.load(path)
+    no_version = {key: value for key, value in data.items() if key != "version"}
+    for damaged in (no_version, data | {"version": "1"}, data | {"steps": {"a": 1}}, data | {"token_texts": [1]}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match="run.json.gz is a damaged trace"):
             Trace.load(path)
     with pytest.raises(FileNotFoundError):
         Trace.load(tmp_path / "nothing.json")
@@ -290,8 +293,7 @@ def test_a_long_trace_is_small_and_quick(tmp_path):
     assert slowest < 0.05, f"{1000 * slowest:.0f} ms"
 
 
-# -- With a model
-# --------------------------------------------------------------------------------------------------------
+# -- With a model ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -408,8 +410,7 @@ def test_nothing_is_recorded_when_no_trace_is_open(llm):
     assert llm.engine.block_manager.events is None
 
 
-# -- The Chrome trace format
-# ---------------------------------------------------------------------------------------------
+# -- The Chrome trace format -------------------------------------------------------------------------------------------
 
 
 def test_chrome_trace(llm, tmp_path):

@@ -24,7 +24,7 @@ from nanovllm.engine.trace import Trace
 from nanovllm.models import get_model_class
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checkpoint import load_eos_token_ids, load_hf_config, load_tokenizer
-from nanovllm.utils.checks import check_int
+from nanovllm.utils.checks import check_int, check_text
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.interrupts import interrupts_deferred
 
@@ -92,6 +92,7 @@ class LLMEngine:
             self.model_runner.close()
             raise
         self.requests: dict[int, Request] = {}  # those that are not finished
+        self.finished: list[Request] = []  # those that are, and that nobody has been told of yet
         self.recorders: list[Recorder] = []  # one for each open trace
         self.num_steps = 0
         self.overlap = Overlap(self) if self.model_runner.can_overlap else None
@@ -107,15 +108,16 @@ class LLMEngine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("this model's folder has no tokenizer; give the prompt as token ids")
-            token_ids = self.tokenizer.encode(prompt)
+            token_ids = self.tokenizer.encode(check_text("the prompt", prompt))
         elif isinstance(prompt, (list, tuple)):
-            # Three looks at all ids take a ninth of a look at each one, which only tells which is wrong, and how.
-            if set(map(type, prompt)) == {int} and 0 <= min(prompt) and max(prompt) < self.vocab_size:
-                token_ids = list(prompt)
-            else:
-                token_ids = [self._check_token_id(f"prompt[{i}]", token_id) for i, token_id in enumerate(prompt)]
+            token_ids = list(prompt)
         else:
             raise TypeError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}")
+        # Three looks at all ids take a ninth of a look at each one, which only tells which is wrong, and how. (Some
+        # tokenizers know more tokens than their model.)
+        if set(map(type, token_ids)) != {int} or min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
+            name = "token {} of the prompt" if isinstance(prompt, str) else "prompt[{}]"
+            token_ids = [self._check_token_id(name.format(i), token_id) for i, token_id in enumerate(token_ids)]
         for token_id in params.stop_token_ids:
             self._check_token_id("stop_token_ids", token_id)
         if params.stop and self.tokenizer is None:
@@ -184,7 +186,7 @@ class LLMEngine:
     def step(self) -> tuple[Batch, list[Request]]:
         """Make one step for all requests that can take part in it; returns its batch and the requests it finished.
 
-        If it fails, it raises; the sequences that took part go back to the queue, as if it had never been.
+        If it fails, it raises; all sequences that run go back to the queue, as if it had never been.
         """
         with interrupts_deferred():
             start = perf_counter()
@@ -209,13 +211,20 @@ class LLMEngine:
             times = {"schedule": scheduled - start, **launched.times, "wait": wait, "update": end - computed}
             self._record(batch, [request.seq for request in finished], times, launched.graph)
             self._log(batch, end - start)
-        return batch, finished
+        return batch, self.take_finished()  # not before: Ctrl-C, if it came, is raised at the end of the block
 
     def schedule(self, is_in_flight: bool = False) -> Batch:
         """Plan a step. RuntimeError if it would never get any further: nothing planned, and nothing in flight to wait
         for.
         """
-        batch = self.scheduler.schedule()
+        try:
+            batch = self.scheduler.schedule()
+        except Exception as error:  # a policy of the user's own may have its mistakes
+            if self.overlap is not None:
+                self.overlap.fail([batch for batch, _ in self.overlap.in_flight])
+            self.scheduler.start_over()
+            self._record(error=error)
+            raise
         if self.requests and not (batch.scheduled or batch.preempted or is_in_flight):
             raise RuntimeError(f"{type(self.scheduler).__name__} scheduled nothing, although requests wait")
         return batch
@@ -224,16 +233,20 @@ class LLMEngine:
         """A step for whoever wants answers: like `step`, but on a GPU, if nobody records, overlapped with the next."""
         if self.overlap is not None and not self.recorders:
             with interrupts_deferred():
-                return self.overlap.step()
+                batch = self.overlap.step()
+            return batch, self.take_finished()
         return self.step()
 
     def settle(self) -> list[Request]:
         """Wait for steps that overlap, before anything else is done; returns the requests that they finished."""
-        if self.overlap is None:
-            return []
-        with interrupts_deferred():
-            self.overlap.drain()
-            finished, self.overlap.finished = self.overlap.finished, []
+        if self.overlap is not None:
+            with interrupts_deferred():
+                self.overlap.drain()
+        return self.take_finished()
+
+    def take_finished(self) -> list[Request]:
+        """The requests that have finished since this was last asked. An interrupted step's are told of by the next."""
+        finished, self.finished = self.finished, []
         return finished
 
     def _show(self, batch: Batch, logprobs: dict[int, dict[int, float]]) -> list[Request]:
@@ -251,6 +264,7 @@ class LLMEngine:
                 self._detokenize(request)
             if seq.is_finished:
                 finished.append(self.requests.pop(seq.id))
+        self.finished += finished
         return finished
 
     def _detokenize(self, request: Request) -> None:

@@ -17,7 +17,7 @@ from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.scheduler import Batch
 
 if TYPE_CHECKING:
-    from nanovllm.engine.llm_engine import LLMEngine, Request
+    from nanovllm.engine.llm_engine import LLMEngine
 
 
 class Overlap:
@@ -26,10 +26,9 @@ class Overlap:
     def __init__(self, engine: "LLMEngine") -> None:
         self.engine = weakref.proxy(engine)  # no cycle: once nobody holds it, an engine gives its memory back at once
         self.in_flight: deque[tuple[Batch, LaunchedStep]] = deque()  # the oldest first
-        self.finished: list[Request] = []  # those that nobody has been told of yet
 
-    def step(self) -> tuple[Batch, list["Request"]]:
-        """Launch a step, and learn what the one before it gave: returns that one's batch, and the requests it finished.
+    def step(self) -> Batch:
+        """Launch a step, and learn what the one before it gave: returns that one's batch.
 
         The first step has none before it: the batch is empty. If a step fails, it raises; the sequences of all steps in
         flight go back to the queue, as if these had never been.
@@ -48,8 +47,7 @@ class Overlap:
             engine._log(learnt, perf_counter() - start)
         if not engine.requests:
             self.drain()  # what was launched for those who had finished already
-        finished, self.finished = self.finished, []
-        return learnt, finished
+        return learnt
 
     def learn(self) -> Batch:
         """Wait for the oldest step in flight, and take in what it gave."""
@@ -60,7 +58,7 @@ class Overlap:
             self.fail([batch, *(other for other, _ in self.in_flight)])
             raise
         self.engine.scheduler.update(batch, token_ids)
-        self.finished += self.engine._show(batch, launched.logprobs)
+        self.engine._show(batch, launched.logprobs)
         return batch
 
     def drain(self) -> None:

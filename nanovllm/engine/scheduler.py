@@ -199,6 +199,15 @@ class Scheduler:
             self.block_manager.forget(self.running[-1])
             self._preempt()
 
+    def start_over(self) -> None:
+        """A step could not be planned: `schedule` raised half way. All who run wait to be computed again."""
+        self.waiting.extendleft(reversed(self.running))
+        self.running = []
+        for seq in self.waiting:
+            self.block_manager.forget(seq)  # entered by `fill`, but never computed
+            seq.num_in_flight, seq.num_tokens = 0, len(seq.token_ids)
+            self._release(seq, Status.WAITING)
+
     def _release(self, seq: Sequence, status: Status) -> None:
         seq.status = status
         self.block_manager.release(seq)

@@ -354,14 +354,17 @@ class Trace:
             raise ValueError(f"{path} is not a trace, or is cut off ({error}); record and save it again") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{path} is not a trace of nanovllm: it does not say that its format is {FORMAT!r}")
-        if data["version"] > VERSION:
+        version = data.get("version")
+        if isinstance(version, int) and version > VERSION:
             raise ValueError(
-                f"{path} has version {data['version']} of the trace format, and this nanovllm reads up to {VERSION}; "
+                f"{path} has version {version} of the trace format, and this nanovllm reads up to {VERSION}; "
                 "update nanovllm"
             )
         try:
+            if not isinstance(version, int):
+                raise TypeError(f"its version is {version!r}")
             return cls.from_dict(data)
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is a damaged trace: {type(error).__name__} {error}; record it again") from error
 
     def to_chrome(self, path: str | Path) -> None:

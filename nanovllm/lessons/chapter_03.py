@@ -437,7 +437,7 @@ def check_cache_aware(answer: Any, random: random.Random) -> Iterator[str]:
         ]  # neither the first nor the last, so sorting them is not enough
         for blocks in pools:
             serve(Scheduler, [before], blocks)
-        policies = (Scheduler, CacheAware, policy)
+        policies: tuple[Any, ...] = (Scheduler, CacheAware, policy)
         (first, _), (best, _), (got, num_left) = (serve(p, prompts, blocks) for p, blocks in zip(policies, pools))
         case = f"of {33 * len(prompts)} prompt tokens, {first} are found in order of arrival, {best} in that asked for"
         if num_left:

@@ -7,7 +7,7 @@ from nanovllm.models.llama import LlamaForCausalLM
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 # `architectures` in a checkpoint's config.json -> the class that computes it. A new model is added here.
-MODELS: dict[str, type[nn.Module]] = {
+MODELS: dict[str, type[LlamaForCausalLM] | type[Qwen3ForCausalLM]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
     "Qwen3ForCausalLM": Qwen3ForCausalLM,
 }
@@ -20,6 +20,11 @@ def get_model_class(hf_config: PretrainedConfig) -> type[nn.Module]:
     if model_class is None:
         found = ", ".join(architectures) or f"of model_type {hf_config.model_type!r} without a name"
         raise ValueError(f"architecture {found} is not supported; supported are {', '.join(MODELS)}")
+    if hf_config.model_type != model_class.model_type:  # with settings, and defaults of settings, of another model
+        raise ValueError(
+            f"config.json names architecture {', '.join(architectures)} and model_type {hf_config.model_type!r}, but "
+            f"that of the one is {model_class.model_type!r}"
+        )
     if quantization := getattr(hf_config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise ValueError(f"quantization {method!r} is not supported; use a checkpoint in float32, bfloat16 or float16")

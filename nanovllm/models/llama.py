@@ -87,6 +87,8 @@ class LlamaModel(nn.Module):
 class LlamaForCausalLM(nn.Module):
     """Tokens to hidden states, and hidden states to logits: not every token's are wanted, and the head is large."""
 
+    model_type = "llama"  # of the config that it is made from
+
     def __init__(self, config: PretrainedConfig, ranks: Ranks) -> None:
         super().__init__()
         self.model = LlamaModel(config, ranks)

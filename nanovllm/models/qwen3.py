@@ -89,6 +89,8 @@ class Qwen3Model(nn.Module):
 class Qwen3ForCausalLM(nn.Module):
     """Tokens to hidden states, and hidden states to logits: not every token's are wanted, and the head is large."""
 
+    model_type = "qwen3"  # of the config that it is made from
+
     def __init__(self, config: PretrainedConfig, ranks: Ranks) -> None:
         super().__init__()
         self.model = Qwen3Model(config, ranks)

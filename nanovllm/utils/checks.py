@@ -63,6 +63,15 @@ def check_str(name: str, value: Any, hint: str = "") -> str:
         raise _wrong_type(name, "a string", value, hint)
     if not value:
         raise _wrong_value(name, "a string with something in it", value, hint)
+    return check_text(name, value)
+
+
+def check_text(name: str, value: str) -> str:
+    """`value`, which must be text that UTF-8 can write; a JSON file or a page may hold half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has half a character, {value[error.start]!r}, at {error.start}") from None
     return value
 
 

@@ -24,6 +24,7 @@ from nanovllm.utils.ranks import Ranks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 HARMLESS = ("rotary_emb.inv_freq",)  # a constant that old versions of transformers saved along with the weights
 DUMMY_SIZE = 0.03
 
@@ -88,6 +89,10 @@ class Piece:
         """Fill it from a tensor, or from a file's tensor that has not been read yet (`get_slice` of safetensors)."""
         self.destination.copy_(whole[self.part])
 
+    def equals(self, whole: Any) -> bool:
+        """Whether that would change nothing."""
+        return torch.equal(self.destination, whole[self.part].to(self.destination))
+
 
 @torch.no_grad()
 def init_dummy(model: nn.Module) -> None:
@@ -109,15 +114,22 @@ def load_model(model: nn.Module, path: Path) -> None:
     nonsense. Raises ValueError with all that is wrong, before anything is read.
     """
     pieces = {piece.name: piece for piece in checkpoint_pieces(model)}
-    found = {name: (file, shape) for file in weight_files(path) for name, shape in tensor_shapes(file)}
-    check_complete(pieces, {name: shape for name, (_, shape) in found.items()}, path)
+    found = {name: (file, shape, dtype) for file in weight_files(path) for name, shape, dtype in tensors_in(file)}
+    check_complete(pieces, {name: (shape, dtype) for name, (_, shape, dtype) in found.items()}, path)
+    filled: dict[int, str] = {}  # address -> the tensor that was copied to it
     for name, piece in tqdm(pieces.items(), desc="Loading weights", unit=" tensors", delay=5):  # silent if it is quick
         if name in found:  # else it is tied to one that is
-            file, _ = found[name]
             # A file is mapped into memory, and what has been read of it counts as ours until it is closed. To open it
             # anew for each tensor costs a millisecond, and saves as much memory as the model takes.
-            with safe_open(file, framework="pt") as tensors:
-                piece.copy_from(tensors.get_slice(name))
+            with safe_open(found[name][0], framework="pt") as tensors:
+                tied_to = filled.setdefault(piece.destination.data_ptr(), name)
+                if tied_to == name:
+                    piece.copy_from(tensors.get_slice(name))
+                elif not piece.equals(tensors.get_slice(name)):
+                    raise ValueError(
+                        f"in {path} {name} and {tied_to} differ, but config.json says that they are one tensor "
+                        "(tie_word_embeddings); set that to false if the model has both"
+                    )
 
 
 def checkpoint_pieces(model: nn.Module) -> Iterator[Piece]:
@@ -163,29 +175,36 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def tensor_shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
-    """Name and shape of each tensor in a file, from its header alone."""
+def tensors_in(file: Path) -> Iterator[tuple[str, list[int], str]]:
+    """Name, shape and dtype of each tensor in a file, from its header alone."""
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
-                yield name, tensors.get_slice(name).get_shape()
+                tensor = tensors.get_slice(name)
+                yield name, tensor.get_shape(), tensor.get_dtype()
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or not complete ({error}); download it again") from error
 
 
-def check_complete(pieces: dict[str, Piece], found: dict[str, list[int]], path: Path) -> None:
-    """Raise ValueError unless the tensors that were found are the ones that the model needs."""
+def check_complete(pieces: dict[str, Piece], found: dict[str, tuple[list[int], str]], path: Path) -> None:
+    """Raise ValueError unless the tensors that were found, a shape and a dtype each, are those that the model needs."""
     filled = {pieces[name].destination.data_ptr() for name in found.keys() & pieces.keys()}
     missing = [name for name, piece in pieces.items() if piece.destination.data_ptr() not in filled]
     left_over = [name for name in found if name not in pieces and not name.endswith(HARMLESS)]
     misshapen = [
         f"{name} is {shape} instead of {pieces[name].shape}"
-        for name, shape in found.items()
+        for name, (shape, _) in found.items()
         if name in pieces and shape != pieces[name].shape
     ]
+    quantized = [f"{name} is {dtype}" for name, (_, dtype) in found.items() if name in pieces and dtype not in FLOATS]
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for kind, names in (("missing", missing), ("left over", left_over), ("of the wrong shape", misshapen))
+        for kind, names in (
+            ("missing", missing),
+            ("left over", left_over),
+            ("of the wrong shape", misshapen),
+            ("quantized, which is not supported", quantized),
+        )
         if names
     ]
     if problems:

@@ -19,8 +19,12 @@ SHOW = """async ([source, state]) => {
     let changed;
     window.tell = (news) => { Object.assign(state, news); changed(); };
     module.default.render({
-        model: { get: (name) => state[name], send: (content) => sent.push(content), on: (_, show) => { changed = show; }
-        }, el: document.body,
+        el: document.body,
+        model: {
+            get: (name) => state[name],
+            send: (content) => sent.push(content),
+            on: (_, show) => { changed = show; },
+        },
     });
 }"""
 STATE = {"max_tokens": 12, "unfinished": ["A", "B"], "message": "2 unfinished."}

@@ -22,8 +22,8 @@ def boxes(page: "sync_api.Page", kind: str) -> list[list[float]]:
             const outer = document.querySelector(".nanovllm-tensors").getBoundingClientRect();
             return [...document.querySelectorAll(kind)].map((element) => {
                 const box = element.getBoundingClientRect();
-                return [box.left - outer.left, box.top - outer.top, box.width, box.height].map((n) => n * width /
-                outer.width);
+                const place = [box.left - outer.left, box.top - outer.top, box.width, box.height];
+                return place.map((n) => n * width / outer.width);
             });
         }""",
         [kind, WIDTH],
