@@ -100,8 +100,7 @@ def run_lab(args: argparse.Namespace) -> None:
             f"there is no {notebook}: the notebooks come with the repository; install it with `pip install -e .`"
         )
     # Beside the kernels of other chapters, threads that wait for each other had better sleep soon than spin for long:
-    # on two cores a decode step takes 85 ms beside two more engines, not 430; alone 38, not 33. Inherited by the
-    # kernels.
+    # on two cores a decode step takes 85 ms beside two more engines, not 430; alone 38, not 33. Kernels inherit it.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     resolve_model(None)  # fetched now, with a progress bar, so that the first cell need not wait for it
     options = [

@@ -244,9 +244,7 @@ class LLM:
 
     @contextmanager
     def _awaiting(self, requests: list[Request]) -> Iterator[None]:
-        """Deliver these requests ourselves. Those left are aborted: a cell was interrupted, a step failed, a loop was
-        left.
-        """
+        """Deliver these requests ourselves. Those left are aborted: a step failed, or a cell or loop was left."""
         self._awaited.update(requests)
         try:
             yield

@@ -221,9 +221,7 @@ def test_the_output_is_written_where_it_is_wanted(query_lens, backend, device):
 
 @on_every_backend
 def test_a_sequence_gets_the_same_numbers_alone_and_in_a_crowd(backend, device):
-    """Its sums are made in the same order, whoever else is in the batch: equal to the last bit. Torch pads to the
-    longest.
-    """
+    """Its sums are made in the same order, whoever else is in the batch: equal to the last bit."""
     if backend == "torch":
         pytest.skip("padded to the longest of its group")
     if backend == "flash_attn":

@@ -1,6 +1,4 @@
-"""What chapter 06 shares: chapter 01's decoder, its pictures, the exercise checks; the reader's ring; figures in the
-text.
-"""
+"""What chapter 06 shares: chapter 01's decoder, its pictures, exercise checks; the reader's ring; figures."""
 
 import re
 import threading

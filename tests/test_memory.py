@@ -102,9 +102,7 @@ def test_a_closed_engine_holds_nothing_large(model_path):
 
 
 def test_an_error_on_the_way_to_another_holds_nothing():
-    """The end of a CUDA graph may fail because its recording did: the second error knows the first, and the first its
-    frames.
-    """
+    """The end of a CUDA graph may fail because its recording did: the second error knows the first."""
     held = []
 
     def step() -> None:

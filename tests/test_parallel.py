@@ -178,9 +178,7 @@ def requests(seed: int, num: int = 10) -> tuple[list[list[int]], list[SamplingPa
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """checkpoint(num_kv_heads): a tiny Qwen3 with twelve heads, an untied head, and a vocabulary that 3 does not
-    divide.
-    """
+    """checkpoint(num_kv_heads): a tiny Qwen3, twelve heads, an untied head, a vocabulary that is no multiple of 3."""
     paths = {}
 
     def make(num_kv_heads: int):
@@ -361,9 +359,7 @@ def test_a_rank_killed_inside_a_step(llm, model_path, rank):
 
 @pytest.mark.parametrize("other", ["fails", "aborts"])
 def test_a_rank_that_raises_is_named_with_its_error(llm, model_path, other):
-    """Only it: the other waits for it in an exchange, and fails a little later because it is gone; NCCL's aborts
-    itself.
-    """
+    """Only it: the other waits for it in an exchange, and fails later because it is gone; NCCL's aborts itself."""
     runner = llm.engine.model_runner
     send = runner.send
 
@@ -394,9 +390,7 @@ def test_an_interrupt_of_the_ranks_themselves_is_ignored(llm):
 
 
 def test_what_ranks_write(model_path, tmp_path, monkeypatch, capfd):
-    """The first one's progress bars, and warnings, are shown. What is below Python, as when one aborts, is told in the
-    error.
-    """
+    """The first one's progress bars, and warnings, are shown. What is below Python is told in the error."""
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent("""
             import sys, threading, time
             def draw():
@@ -541,9 +535,7 @@ def test_two_engines_at_once(llm, model_path):
 
 
 def test_close_waits_for_nobody_and_is_not_cut_short(llm):
-    """Neither for a rank that hangs, nor because a forked process still has our ends of the pipes; an interrupt comes
-    after.
-    """
+    """Neither for a rank that hangs, nor for a forked process with our ends of the pipes; an interrupt comes after."""
     runner = llm.engine.model_runner
     first, last = runner.processes
     os.kill(last.pid, signal.SIGSTOP)

@@ -135,9 +135,7 @@ def test_a_large_step(request, replaying, model_path, in_pieces, overlaps):
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_small_steps_in_pieces(replaying, model_path, monkeypatch, overlaps):
-    """Chunks, here all that are more than a few tokens, beside decodes, whose tokens may be in flight; the rest is as
-    ever.
-    """
+    """Chunks, here all of more than a few tokens, beside decodes, whose tokens may be in flight."""
     asked = []
 
     def rule(num_tokens, chunks):
@@ -219,9 +217,7 @@ def test_a_table_is_changed_where_it_has_changed(replaying):
 
 
 def test_a_recording_that_fails_is_ended_and_says_why(replaying, monkeypatch):
-    """Else its stream would go on recording, and layers would go on not attending; and CUDA complains of the broken
-    end.
-    """
+    """Else its stream would go on recording, and layers not attending; and CUDA complains of the broken end."""
     graphs = replaying(False, num_kv_blocks=60, max_num_batched_tokens=600).engine.model_runner.graphs
     backends, store = [layer.backend for layer in graphs.piecewise.layers], torch_attention.store
     monkeypatch.setattr(torch_attention, "store", fails_the_fourth_time(store))  # recording, in the second layer

@@ -80,9 +80,7 @@ def shared_workload() -> tuple[list[list[int]], list[int]]:
 
 
 def measure_gpu(report: Report, path: Path, load_format: str, size: "Size") -> None:
-    """Kernels, the shared benchmark, steps: of every attention backend that is here, with CUDA graphs and without; then
-    a peer.
-    """
+    """Kernels, the shared benchmark, steps: of every backend here, with CUDA graphs and without; then a peer."""
     hf_config = load_hf_config(path)
     dtype = resolve_dtype("auto", hf_config, torch.device("cuda"))
     limits = measure_limits(report, dtype)

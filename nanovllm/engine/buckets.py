@@ -27,11 +27,9 @@ def takes_pieces(num_tokens: int, chunks: Collection[tuple[int, int]]) -> bool:
     """
     if num_tokens > BUCKETS[-1]:
         return True
-    # In one graph each token is a row by itself: it has programs of its own, which cost 500, and reads all that it
-    # sees.
+    # In one graph each token is a row by itself: it has its own programs, which cost 500, and reads all that it sees.
     whole = sum(n * (context_len - n // 2 + 500) for n, context_len in chunks)
-    # Between pieces Python launches attention; there few programs walk through a long context, one tile after the
-    # other.
+    # Between pieces Python launches attention; there few programs walk through a long context, tile after tile.
     pieces = 84_000 + 35 * max((context_len for _, context_len in chunks), default=0)
     return whole > pieces
 

@@ -12,9 +12,7 @@ import torch
 
 
 class LaunchedStep:
-    """What a step gives, once it has arrived: `tokens()` waits for it, so that there is time to do something else
-    before.
-    """
+    """What a step gives, once it has arrived: `tokens()` waits for it, and until then others can work."""
 
     def __init__(self, token_ids: torch.Tensor, likeliest: list["Likeliest"] | None = None) -> None:
         self.times: dict[str, float] = {}  # seconds for "prepare", "forward" and "sample"
@@ -55,9 +53,7 @@ class Likeliest:
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that arrives by itself, of what the device will have computed by then, and not of what is launched after
-    it.
-    """
+    """A copy that arrives by itself, of what the device has computed by then, not of what is launched later."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

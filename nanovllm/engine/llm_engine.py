@@ -214,9 +214,7 @@ class LLMEngine:
         return batch, self.take_finished()  # not before: Ctrl-C, if it came, is raised at the end of the block
 
     def schedule(self, is_in_flight: bool = False) -> Batch:
-        """Plan a step. RuntimeError if it would never get any further: nothing planned, and nothing in flight to wait
-        for.
-        """
+        """Plan a step. RuntimeError if it would never get further: nothing planned, and nothing in flight."""
         try:
             batch = self.scheduler.schedule()
         except Exception as error:  # a policy of the user's own may have its mistakes

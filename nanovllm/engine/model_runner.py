@@ -176,8 +176,7 @@ class ModelRunner:
         positions = torch.arange(num_tokens, device=self.device)
         with use_context(context):
             hidden_states = self.model(torch.zeros_like(positions), positions)
-        # Sampled in the way that takes most: at random, from a nucleus so wide that the whole vocabulary must be
-        # sorted.
+        # Sampled in the way that takes most: at random, from a nucleus so wide that all tokens must be sorted.
         rows = np.zeros(num_sampled, np.int64)
         self.temperature[0], self.top_p[0], self.truncates[0] = 1e6, 0.999, True
         self.choose(self.model.compute_logits(hidden_states[:num_sampled]), rows, rows)  # type: ignore[operator]
@@ -354,9 +353,7 @@ class ModelRunner:
         return not hasattr(self, "model")
 
     def close(self) -> None:
-        """Let go of all that is large, whoever still holds this runner; what another thread is launching goes out
-        first.
-        """
+        """Let go of all that is large, whoever still holds this runner; what is being launched goes out first."""
         with self.stepping:
             for name in ("model", "kv_cache", "graphs"):
                 vars(self).pop(name, None)

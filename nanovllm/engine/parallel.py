@@ -220,9 +220,7 @@ class ParallelRunner:
 
     @contextmanager
     def whole_exchange(self) -> Iterator[None]:
-        """An exception in the middle of it, as from an alarm's handler, ends this engine: who has heard what is not
-        known.
-        """
+        """An exception in the middle, as from an alarm's handler, ends this engine: who has heard what is unknown."""
         try:
             yield
         except BaseException as error:
@@ -233,9 +231,7 @@ class ParallelRunner:
             raise
 
     def hear(self, heard: Collection[int], timeout: float | None = None) -> dict[int, Any]:
-        """Wait until a rank that is not among `heard` says something, or several do; a `Report` is from one that
-        failed.
-        """
+        """Wait until a rank that is not among `heard` says something, or several do; a `Report` is a failure."""
         connections = [connection for rank, connection in enumerate(self.connections) if rank not in heard]
         answers: dict[int, Any] = {}
         for connection in wait(connections, timeout):
@@ -294,9 +290,7 @@ class ParallelRunner:
 
 
 def abandon(processes: list[subprocess.Popen], connections: list[Connection], logs: list[Any]) -> None:
-    """End the ranks of an engine that nobody has closed: it is deleted, or the script is at its end, perhaps by an
-    error.
-    """
+    """End the ranks of an engine that nobody has closed: it is deleted, or the script is at its end."""
     end(processes, connections, logs, is_failure=hasattr(sys, "last_type"))
 
 

@@ -24,9 +24,7 @@ def is_torchrun() -> bool:
 
 @cache  # the first process keeps it open as long as it lives
 def torchrun_store(is_first: bool = False) -> dist.Store:
-    """Where the processes leave word for each other. torchrun keeps it, or else, as with PyTorch 2.4, the first of
-    them.
-    """
+    """Where the processes leave word for each other. torchrun keeps it or, as with PyTorch 2.4, the first of them."""
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     keeps = is_first and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "False"
     store = dist.TCPStore(*address, is_master=keeps, wait_for_workers=False, timeout=WAIT)

@@ -49,8 +49,7 @@ def get_backend(
         raise ValueError(f"attention_backend={name!r} cannot be imported here: {error}; {instead}") from error
 
 
-# Tritons, by version, that cannot compile a matrix product for GPUs below this compute capability: some end the
-# process.
+# Tritons, by version, that cannot compile a matrix product for GPUs below this compute capability.
 TRITON_FROM = {(3, 2): (7, 5), (3, 3): (8, 0)}
 
 

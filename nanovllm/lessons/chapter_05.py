@@ -1,6 +1,4 @@
-"""What chapter 05 shares: a step's operators as a picture, a tape in the place of CUDA graphs, padding, exercise
-checks.
-"""
+"""What chapter 05 shares: a step's operators as a picture, a tape for CUDA graphs, padding, exercise checks."""
 
 import os
 import random

@@ -61,5 +61,6 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers and tokenizers raise several kinds
         raise ValueError(
-            f"the tokenizer in {path} cannot be read ({type(error).__name__}: {error}); download the model again"
+            f"the tokenizer in {path} cannot be read ({type(error).__name__}: {error}); download the model again, "
+            "or install what it asks for"
         ) from error

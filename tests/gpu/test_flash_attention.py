@@ -1,6 +1,4 @@
-"""The FlashAttention backend in an engine, with and without CUDA graphs; its kernels alone are in
-tests/test_attention.py.
-"""
+"""The FlashAttention backend in an engine, with CUDA graphs and without; tests/test_attention.py has its kernels."""
 
 import pytest
 import torch
