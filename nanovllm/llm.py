@@ -72,9 +72,12 @@ class LLM:
         Raises:
             TypeError, ValueError: a request is wrong; the message names it by its index, and none has been queued.
         """
-        requests = self._enqueue([prompts] if isinstance(prompts, str) else prompts, sampling_params)
+        requests = self._make_requests([prompts] if isinstance(prompts, str) else prompts, sampling_params)
         pending = set(requests)
         with self._awaiting(requests), Progress(len(requests), disable=not use_tqdm) as progress:
+            for i, request in enumerate(requests):
+                with errors_of(f"prompt {i}"):
+                    self.engine.enqueue(request)
             while pending:
                 start = perf_counter()
                 batch, all_finished = self._step()
@@ -102,10 +105,8 @@ class LLM:
             return self.generate([prompt], sampling_params, use_tqdm)[0]
         prompts = []
         for i, conversation in enumerate(messages):
-            try:
+            with errors_of(f"conversation {i}"):
                 prompts.append(self.apply_chat_template(conversation))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"conversation {i}: {error}") from error
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def apply_chat_template(self, messages: list[Message]) -> list[int]:
@@ -200,10 +201,10 @@ class LLM:
 
     # -- Shared by the above -------------------------------------------------------------------------------------------
 
-    def _enqueue(
+    def _make_requests(
         self, prompts: list[str] | list[list[int]], sampling_params: SamplingParams | list[SamplingParams] | None
     ) -> list[Request]:
-        """Check all requests, then queue them all: one that is wrong leaves nothing behind."""
+        """Check all requests before any is queued."""
         if not isinstance(prompts, (list, tuple)):
             raise TypeError(f"prompts must be a list of strings or of token id lists, not {type(prompts).__name__}")
         if not prompts:
@@ -215,17 +216,8 @@ class LLM:
             raise ValueError(f"there are {len(prompts)} prompts but {len(params)} sampling_params; give one for each")
         requests = []
         for i, (prompt, request_params) in enumerate(zip(prompts, params)):
-            try:
+            with errors_of(f"prompt {i}"):
                 requests.append(self.engine.make_request(prompt, request_params))  # type: ignore[arg-type]
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"prompt {i}: {error}") from error
-        for i, request in enumerate(requests):
-            try:
-                self.engine.enqueue(request)
-            except (TypeError, ValueError) as error:  # a scheduler of the user's own may refuse one
-                for earlier in requests[:i]:
-                    self.engine.abort(earlier.seq.id)
-                raise type(error)(f"prompt {i}: {error}") from error
         return requests
 
     def _step(self) -> tuple[Batch, list[Request]]:
@@ -244,7 +236,10 @@ class LLM:
 
     @contextmanager
     def _awaiting(self, requests: list[Request]) -> Iterator[None]:
-        """Deliver these requests ourselves. Those left are aborted: a step failed, or a cell or loop was left."""
+        """Deliver these requests ourselves. Those left are aborted: a step failed, or a cell or loop was left.
+
+        They may be queued in here: if a scheduler of the user's own refuses one, the others are not left behind.
+        """
         self._awaited.update(requests)
         try:
             yield
@@ -253,8 +248,17 @@ class LLM:
             if self._engine is not None:  # closed, and they are gone with it
                 self._engine.finished = [request for request in self._engine.finished if request not in requests]
                 for request in requests:
-                    if not request.seq.is_finished:
+                    if request.seq.id in self._engine.requests:
                         self._engine.abort(request.seq.id)
+
+
+@contextmanager
+def errors_of(what: str) -> Iterator[None]:
+    """Say in an error which of several things is wrong."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 class Progress:

@@ -129,3 +129,16 @@ class Machine:
         assert offset == 0 or self.writers[block_id] == (seq, offset), f"{seq} writes to another's block {block_id}"
         self.writers[block_id] = (seq, offset + 1)
         self.memory[block_id][offset] = value
+
+
+class Slips(Scheduler):
+    """Somebody's own policy, with a mistake in it: the second request that it admits makes it raise half way."""
+
+    num_admitted = 0
+
+    def _admit(self, seq):
+        is_admitted = super()._admit(seq)
+        self.num_admitted += 1
+        if self.num_admitted == 2:
+            raise IndexError("a slip")
+        return is_admitted

@@ -25,6 +25,7 @@ from nanovllm.engine import llm_engine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils.loader import build_model
 from tests.conftest import collector_off
+from tests.scheduling import Slips
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
@@ -634,19 +635,6 @@ def test_an_answer_that_an_interrupted_step_finished_is_not_lost(llm, monkeypatc
     assert answer["request_id"] == by_hand and len(answer["token_ids"]) == 1
     assert not llm.has_unfinished_requests()
     assert generate(llm, ["you"])[0]["finish_reason"], "and the next call gives its own answers alone"
-
-
-class Slips(Scheduler):
-    """Somebody's own policy, with a mistake in it: the second request that it admits makes it raise half way."""
-
-    num_admitted = 0
-
-    def _admit(self, seq):
-        is_admitted = super()._admit(seq)
-        self.num_admitted += 1
-        if self.num_admitted == 2:
-            raise IndexError("a slip")
-        return is_admitted
 
 
 def test_a_scheduler_that_raises_half_way_harms_nobody(model_path):

@@ -11,8 +11,8 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.overlap import Overlap
-from nanovllm.engine.scheduler import Scheduler
 from tests.conftest import collector_off
+from tests.scheduling import Slips
 
 
 def overlapping(path, **settings) -> LLM:
@@ -162,16 +162,6 @@ def test_a_scheduler_that_raises_while_a_step_is_in_flight(model_path, plain):
     """Nobody knows how far it had come: that step is dropped, too, and all who run are computed again."""
     prompts, params = [[1, 2, 3], list(range(40))], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     expected = [a["token_ids"] for a in plain.generate(prompts, params, use_tqdm=False)]
-
-    class Slips(Scheduler):
-        num_admitted = 0
-
-        def _admit(self, seq):
-            is_admitted = super()._admit(seq)
-            self.num_admitted += 1
-            if self.num_admitted == 2:
-                raise IndexError("a slip")
-            return is_admitted
 
     llm = overlapping(model_path, scheduler=Slips)
     ids = [llm.add_request(prompts[0], params)]

@@ -220,7 +220,8 @@ class LLMEngine:
         except Exception as error:  # a policy of the user's own may have its mistakes
             if self.overlap is not None:
                 self.overlap.fail([batch for batch, _ in self.overlap.in_flight])
-            self.scheduler.start_over()
+            else:
+                self.scheduler.fail()
             self._record(error=error)
             raise
         if self.requests and not (batch.scheduled or batch.preempted or is_in_flight):

@@ -67,7 +67,6 @@ class Overlap:
             self.learn()
 
     def fail(self, batches: list[Batch]) -> None:
-        """A step has failed, and with it all in flight, in order: those after it had its results to work on."""
+        """A step has failed, and with it all in flight: those after it had its results to work on."""
         self.in_flight.clear()
-        for batch in batches:
-            self.engine.scheduler.fail(batch)
+        self.engine.scheduler.fail(*batches)

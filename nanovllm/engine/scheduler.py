@@ -183,30 +183,24 @@ class Scheduler:
         if seq.num_in_flight == 0:
             self._release(seq, Status.FINISHED)
 
-    def fail(self, batch: Batch) -> None:
-        """A launched step failed: what it should have computed is not there. All who run wait to be computed again.
+    def fail(self, *launched: Batch) -> None:
+        """All launched steps failed, or `schedule` raised half way: what they should have computed is not there.
 
-        Results are told in the order of launching, and a step that was launched after one that failed has failed too.
+        All who run wait to be computed again.
         """
-        for scheduled in batch.scheduled:
-            seq = scheduled.seq
-            seq.num_in_flight -= 1
-            seq.num_tokens = len(seq.token_ids)
-            if seq.status is Status.FINISHED and seq.num_in_flight == 0:
-                self.block_manager.forget(seq)
-                self._release(seq, Status.FINISHED)
+        for batch in launched:
+            for seq in (scheduled.seq for scheduled in batch.scheduled if scheduled.seq.status is Status.FINISHED):
+                seq.num_in_flight -= 1
+                if seq.num_in_flight == 0:
+                    self.block_manager.forget(seq)
+                    self._release(seq, Status.FINISHED)
         while self.running:
             self.block_manager.forget(self.running[-1])
             self._preempt()
-
-    def start_over(self) -> None:
-        """A step could not be planned: `schedule` raised half way. All who run wait to be computed again."""
-        self.waiting.extendleft(reversed(self.running))
-        self.running = []
         for seq in self.waiting:
-            self.block_manager.forget(seq)  # entered by `fill`, but never computed
             seq.num_in_flight, seq.num_tokens = 0, len(seq.token_ids)
-            self._release(seq, Status.WAITING)
+            if seq.status is Status.RUNNING:  # `schedule` raised while it was being admitted
+                self._release(seq, Status.WAITING)
 
     def _release(self, seq: Sequence, status: Status) -> None:
         seq.status = status

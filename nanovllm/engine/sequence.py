@@ -69,9 +69,7 @@ class Sequence:
         self.block_table: list[int] = []  # physical block of each logical block
         self.block_hashes: list[int] = []  # chained hash of each full block, computed once
         self.num_entered_blocks = 0  # leading blocks whose content is in the prefix cache
-        self.parent: int | str = (
-            params.cache_salt or ""
-        )  # serial of the last entered content; before the first the salt
+        self.parent: int | str = params.cache_salt or ""  # serial of the last entered content; at first the salt
 
     @property
     def is_finished(self) -> bool:

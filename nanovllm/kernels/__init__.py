@@ -32,7 +32,7 @@ def get_backend(
     block_size: int | None = None,
     head_dim: int | None = None,
 ) -> ModuleType:
-    """The attention backend called `name`. ValueError if there is none, or it does not run with the rest.
+    """The attention backend called `name`. ValueError if there is none, or it cannot run with what is given.
 
     What is None is not known yet, and not looked at.
     """

@@ -251,7 +251,10 @@ def check_pack(answer: Any, random: random.Random) -> Iterator[str]:
         with FromNaN() as casts:
             numbers, scale = attempted(pack(x))
         if casts.from_nan:
-            yield "a head of zeros has the scale 0 with you, and 0 / 0 is NaN: what that is as an int8 is up to the machine."
+            yield (
+                "a head of zeros has the scale 0 with you, and 0 / 0 is NaN: "
+                "what that is as an int8 is up to the machine."
+            )
         half_steps = x.abs().amax(dim=-1, keepdim=True) / 127 / 2
         if numbers.dtype != torch.int8 or numbers.shape != x.shape:
             yield f"the packed numbers are {list(numbers.shape)} {numbers.dtype}; make them {list(x.shape)} torch.int8."
@@ -272,7 +275,7 @@ def check_pack(answer: Any, random: random.Random) -> Iterator[str]:
 
 
 class FromNaN(TorchDispatchMode):
-    """Notices in a `with` block whether NaN is made an int8, which gives 0 on one machine and another number elsewhere."""
+    """Notices in a `with` block whether NaN is made an int8, which gives 0 here and another number elsewhere."""
 
     from_nan = False
 

@@ -224,8 +224,8 @@ def check_cheapest(answer: Any, random: random.Random) -> Iterator[str]:
         yield NO_CLASS
         return
     for _ in range(40):
-        # Every third prompt is long, and computed in chunks: in the middle of them a request has many tokens, few of them
-        # computed. In one such run of seven somebody loses more who goes by the number of tokens.
+        # Every third prompt is long, and computed in chunks: in the middle of them a request has many tokens, few of
+        # them computed. In one such run of seven somebody loses more who goes by the number of tokens.
         long = [(random.randint(0, 40), random.randint(90, 130), random.randint(20, 60)) for _ in range(8)]
         short = [(random.randint(0, 40), random.randint(5, 40), random.randint(20, 60)) for _ in range(16)]
         requests = sorted(long + short)

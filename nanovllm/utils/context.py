@@ -20,9 +20,7 @@ class Context:
 
     block_size: int
     num_decodes: int  # the first `num_decodes` sequences have exactly one new token each
-    query_start: (
-        torch.Tensor
-    )  # [num_seqs + 1] int32: where each sequence's new tokens start in the batch, and the last end
+    query_start: torch.Tensor  # [num_seqs + 1] int32: where each sequence's new tokens start, and the last one's end
     context_lens: torch.Tensor  # [num_seqs] int32: tokens each sequence can look back on, its new ones included
     block_tables: torch.Tensor  # [num_seqs, max_blocks] int32: physical block of each logical block; rest is padding
     slot_mapping: torch.Tensor  # [num_tokens] int64: where each new token's K/V goes, block * block_size + offset
