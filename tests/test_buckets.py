@@ -55,10 +55,19 @@ MEASURED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("num_seqs, num_new, cached, whole, in_pieces", MEASURED)
-def test_a_step_goes_the_way_that_was_faster(num_seqs, num_new, cached, whole, in_pieces):
+# The same where Python is slow and uneven, on another machine with an H100 (2026-11-28).
+MEASURED_WITH_A_SLOW_PYTHON = [
+    (1, 64, 0, 2.50, 4.03), (1, 128, 0, 2.88, 4.61), (1, 192, 0, 3.42, 4.98), (1, 256, 0, 3.85, 4.42),
+    (1, 384, 0, 5.03, 4.18), (1, 512, 0, 6.51, 4.93), (4, 64, 0, 3.79, 4.82), (4, 128, 0, 5.36, 4.35),
+    (8, 64, 0, 5.23, 5.17), (16, 32, 0, 5.67, 5.83), (2, 256, 0, 5.69, 4.68), (32, 16, 0, 6.05, 4.83),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_seqs, num_new, cached, whole, in_pieces", MEASURED + MEASURED_WITH_A_SLOW_PYTHON)
+def test_a_step_goes_the_way_that_was_faster_or_hardly_slower(num_seqs, num_new, cached, whole, in_pieces):
     chunks = [(num_new, cached + num_new)] * num_seqs
-    assert takes_pieces(num_seqs * num_new, chunks) == (in_pieces < whole)
+    chosen = in_pieces if takes_pieces(num_seqs * num_new, chunks) else whole
+    assert chosen < 1.2 * min(whole, in_pieces)
 
 
 def test_decodes_and_short_chunks_take_one_graph_until_there_are_too_many():

@@ -303,8 +303,11 @@ def test_a_trace_tells_which_graph_was_replayed(replaying):
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     prefill, decode = trace.steps[:2]
     assert prefill.num_tokens == 182  # the rest is shared
-    assert prefill.graph == {"bucket": 256, "padding": 74, "in_pieces": True}
+    assert prefill.graph == {"bucket": 184, "padding": 2, "in_pieces": False}
     assert decode.graph == {"bucket": 8, "padding": 1, "in_pieces": False}
+    with llm.trace() as trace:
+        llm.generate([[9] * 300], GREEDY, use_tqdm=False)
+    assert trace.steps[0].graph == {"bucket": 384, "padding": 84, "in_pieces": True}
     with llm.trace() as trace:
         llm.generate([[i % 250 for i in range(7, 600)]], GREEDY, use_tqdm=False)
     buckets = [(640, 63, True), (1, 0, False)]

@@ -22,15 +22,16 @@ def takes_pieces(num_tokens: int, chunks: Collection[tuple[int, int]]) -> bool:
 
     `chunks` has, for each sequence with several new tokens, how many they are and how long its context is with them;
     decodes have rows of their own either way. The costs are in units of what it takes to read the keys and values of
-    one token in all layers: 14 ns for Qwen3-0.6B on an H100, where 36 kinds of steps were timed both ways
-    (docs/performance.md). For other models and GPUs they are taken to be in the same proportion.
+    one token in all layers: 14 ns for Qwen3-0.6B on an H100, where 36 kinds of steps were timed both ways, and
+    some on a machine with a slow Python (docs/performance.md). For other models and GPUs they are taken to be in the
+    same proportion.
     """
     if num_tokens > BUCKETS[-1]:
         return True
     # In one graph each token is a row by itself: it has its own programs, which cost 500, and reads all that it sees.
     whole = sum(n * (context_len - n // 2 + 500) for n, context_len in chunks)
     # Between pieces Python launches attention; there few programs walk through a long context, tile after tile.
-    pieces = 84_000 + 35 * max((context_len for _, context_len in chunks), default=0)
+    pieces = 140_000 + 35 * max((context_len for _, context_len in chunks), default=0)
     return whole > pieces
 
 

@@ -152,9 +152,9 @@ def attend(
         HEAD_DIM=head_dim,
         PADDED_DIM=max(16, triton.next_power_of_2(head_dim)),
     )
-    # Chunks begin at any token, and each leaves its last tile part empty: so many tiles hold them at most.
-    num_tiles = (num_tokens - num_decodes) // (rows // group) + num_seqs - num_decodes
-    attend_kernel[(num_kv_heads, num_decodes + num_tiles, max_splits if num_decodes else 1)](
+    # Each sequence has a tile for its first new token, and one more for each so many of the rest: these hold them all.
+    num_tiles = num_seqs + (num_tokens - num_seqs) // (rows // group)
+    attend_kernel[(num_kv_heads, num_tiles, max_splits if num_decodes else 1)](
         *(query, k_cache, v_cache, output, pieces, weights),
         *(context.query_start, context.context_lens, context.block_tables),
         *(num_decodes, num_seqs, max_splits, scale * LOG2_E),
@@ -186,9 +186,9 @@ def split_of(context_len, SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr):
 
 
 @triton.jit
-def first_tile(query_start, seq, num_decodes, TOKENS: tl.constexpr):
-    """Where a chunk begins: a tile for each sequence before it, and one for each `TOKENS` of their chunks."""
-    return seq + (tl.load(query_start + seq) - num_decodes) // TOKENS
+def first_tile(query_start, seq, TOKENS: tl.constexpr):
+    """Where a sequence begins: a tile for each one before it, and one for each `TOKENS` of their tokens but the first."""
+    return seq + (tl.load(query_start + seq) - seq) // TOKENS
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def chunk_of(tile, query_start, num_decodes, num_seqs, TOKENS: tl.constexpr):
     seq, end = num_decodes, num_seqs
     while end - seq > 1:
         middle = (seq + end) // 2
-        if first_tile(query_start, middle, num_decodes, TOKENS) <= tile:
+        if first_tile(query_start, middle, TOKENS) <= tile:
             seq = middle
         else:
             end = middle
@@ -212,7 +212,7 @@ def work_of(tile, query_start, num_decodes, num_seqs, TOKENS: tl.constexpr):
         seq = chunk_of(tile, query_start, num_decodes, num_seqs, TOKENS)
         start = tl.load(query_start + seq)
         query_len = tl.load(query_start + seq + 1) - start
-        first = (tile - first_tile(query_start, seq, num_decodes, TOKENS)) * TOKENS
+        first = (tile - first_tile(query_start, seq, TOKENS)) * TOKENS
     return seq, start, query_len, first
 
 
