@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,9 +143,12 @@ def test_the_recorder_runs_through_on_a_tape(tmp_path, monkeypatch):
             chapter_05.capture_graphs(llm)
         return llm
 
+    paused = iter([0.5, 0.0, 0.25, 0.5])  # in the first round, and again in the second with graphs
+
     def profiled(work):
         work()
-        return from_profiler(EXPORTED)
+        run, pause = from_profiler(EXPORTED), next(paused)
+        return replace(run, kernels=[kernel._replace(start=kernel.start + pause) for kernel in run.kernels])
 
     slow_for_a_while = iter([0.5, 0.25, 0.125, 1.5] + [1.0] * 4)  # batch 1 in the first round, batch 2 in the second
     fastest = lambda work: (work(), next(slow_for_a_while))[1]
@@ -157,6 +161,8 @@ def test_the_recorder_runs_through_on_a_tape(tmp_path, monkeypatch):
     with chapter_05.in_the_place_of_cuda_graphs(chapter_05.Recorder):
         made = record.decode_step()
     assert made["timelines"].keys() == {"eager, batch 1", "graph, batch 1"}
+    first_kernel = {name: Launches.from_dict(run).kernels[0].start for name, run in made["timelines"].items()}
+    assert first_kernel["eager, batch 1"] < 0.25 < first_kernel["graph, batch 1"] < 0.5
     assert made["seconds"] == {"eager": {"1": 0.125, "2": 0.25}, "graph": {"1": 1.0, "2": 1.0}}
     assert made["graphs"]["count"] == 7 + 3 and made["graphs"]["seconds"] > 0
     assert json.loads(record.write("05_decode_step", made).read_text()) == made
