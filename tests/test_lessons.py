@@ -185,7 +185,7 @@ def test_only_existing_chapters_are_linked(tmp_path, monkeypatch):
     assert "](" not in series_table() + navigation("01_kv_cache")
     (tmp_path / "00_quickstart.ipynb").touch()
     (tmp_path / "02_paged_attention.ipynb").touch()
-    assert navigation("01_kv_cache").startswith("Before: [00_quickstart](00_quickstart.ipynb) · Next: [02_paged")
+    assert navigation("01_kv_cache").startswith("Before: [00_quickstart](00_quickstart.ipynb) ·\nNext: [02_paged")
     assert "Before" not in navigation("00_quickstart") and "Next" not in navigation(CHAPTERS[-1].name)
 
 

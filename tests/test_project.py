@@ -68,6 +68,25 @@ def test_links_and_images_of_a_page_exist(page):
     assert not missing
 
 
+WRITTEN = [
+    path
+    for kind in ("*.md", "docs/*.md", "nanovllm/**/*.py", "tests/**/*.py", "notebooks/0*.ipynb")
+    for path in sorted(ROOT.glob(kind))
+]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_of_code_and_prose_have_120_characters_at_most(path):
+    """Tables and pictures have to stand on one line, and so does what a document quotes."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    if path.suffix == ".ipynb":
+        text = "\n".join(cell.source for cell in nbformat.reads(text, 4).cells)
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith(("|", "!["))]
+    assert max(map(len, lines), default=0) <= 120
+
+
 def test_pre_commit_hooks_run_the_installed_tools():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     hooks = {hook["id"]: hook for repo in config["repos"] for hook in repo["hooks"]}

@@ -187,7 +187,7 @@ def split_of(context_len, SPLIT_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr):
 
 @triton.jit
 def first_tile(query_start, seq, TOKENS: tl.constexpr):
-    """Where a sequence begins: a tile for each one before it, and one for each `TOKENS` of their tokens but the first."""
+    """Where a sequence begins: a tile for each before it, and one for each `TOKENS` of their tokens but the first."""
     return seq + (tl.load(query_start + seq) - seq) // TOKENS
 
 

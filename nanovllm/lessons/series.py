@@ -80,7 +80,7 @@ def navigation(name: str) -> str:
     if index + 1 < len(CHAPTERS):
         following = CHAPTERS[index + 1]
         parts.append(f"Next: {following.link}: *{following.question}*")
-    return " · ".join(parts)
+    return " ·\n".join(parts)
 
 
 def series_cell(name: str) -> str:
