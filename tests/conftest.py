@@ -6,9 +6,10 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # The workers of pytest-xdist share the cores: threads that wait for each other sleep soon, and do not spin for long. On
 # two cores a decode step takes 85 ms beside two more engines, not 430 (measured). Read when torch is first imported.
@@ -80,6 +81,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """A tiny model has nothing to share between threads: they would only wait for each other."""
     fixtures = getattr(item, "fixturenames", ())
     torch.set_num_threads(ALL_THREADS if "default_model_path" in fixtures else 1)
+
+
+def failing_once(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method`, but the first call raises."""
+    errors = [OverflowError("too much for this tokenizer")]
+
+    def call(*args: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return method(*args)
+
+    return call
 
 
 @contextmanager

@@ -6,12 +6,14 @@ the table on the GPU. With one (tests/gpu) the same happens for real.
 
 import random
 import weakref
+from dataclasses import replace
 
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.overlap import Overlap
-from tests.conftest import collector_off
+from tests.conftest import collector_off, failing_once
 from tests.scheduling import Slips
 
 
@@ -181,8 +183,12 @@ def test_a_scheduler_that_raises_while_a_step_is_in_flight(model_path, plain):
 
 @pytest.mark.parametrize("failing_launch", [1, 2, 3, 5])
 @pytest.mark.parametrize("what", ["launch", "tokens"])
-def test_a_step_that_fails(model_path, plain, failing_launch, what):
-    """The call raises; who was added by hand is computed again and gets the same answer."""
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_a_step_that_fails(model_path, plain, failing_launch, what, error):
+    """The call raises; who was added by hand is computed again and gets the same answer.
+
+    SystemExit is what the handler of a signal may raise, wherever Python happens to be: waiting for a step, mostly.
+    """
     prompts, params = [[1, 2, 3], list(range(40)), [9]], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     expected = [a["token_ids"] for a in plain.generate(prompts, params, use_tqdm=False)]
     llm = overlapping(model_path, max_num_batched_tokens=32)
@@ -193,24 +199,39 @@ def test_a_step_that_fails(model_path, plain, failing_launch, what):
         nonlocal num_launches
         num_launches += 1
         if num_launches == failing_launch and what == "launch":
-            raise RuntimeError("the GPU is on fire")
+            raise error("the GPU is on fire")
         step = launch(batch)
         if num_launches == failing_launch:
 
             def tokens():
-                raise RuntimeError("the GPU is on fire")
+                raise error("the GPU is on fire")
 
             step.tokens = tokens
         return step
 
     runner.launch = failing
     by_hand = [llm.add_request(prompt, params) for prompt in prompts]
-    with pytest.raises(RuntimeError, match="on fire"):
+    with pytest.raises(error, match="on fire"):
         llm.generate([[4, 4, 4]], params, use_tqdm=False)
     answers = {}
     while llm.has_unfinished_requests():
         answers |= {a["request_id"]: a["token_ids"] for a in llm.step()}
     assert [answers[i] for i in by_hand] == expected
+    tidy(llm)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 12])
+def test_a_text_that_cannot_be_made(model_path, plain, monkeypatch, max_tokens):
+    """The one request is aborted, although a step for it is in flight; all others get their answers."""
+    prompts, params = [[1, 2, 3], [9, 8], list(range(40))], SamplingParams(
+        temperature=0, max_tokens=12, ignore_eos=True
+    )
+    expected = [a["token_ids"] for a in plain.generate(prompts, params, use_tqdm=False)]
+    llm = overlapping(model_path)
+    monkeypatch.setattr(Detokenizer, "append", failing_once(Detokenizer.append))
+    bad, *good = llm.generate(prompts, [replace(params, max_tokens=max_tokens), params, params], use_tqdm=False)
+    assert bad["finish_reason"] == "abort" and bad["token_ids"] == expected[0][:1]
+    assert [answer["token_ids"] for answer in good] == expected[1:]
     tidy(llm)
 
 

@@ -199,7 +199,7 @@ class LLMEngine:
             try:
                 launched = self.model_runner.launch(batch)
                 token_ids = launched.tokens()
-            except Exception as error:
+            except BaseException as error:  # one that a signal's handler raises comes here, too
                 self.scheduler.fail(batch)
                 self._record(batch, error=error)
                 raise
@@ -217,9 +217,9 @@ class LLMEngine:
         """Plan a step. RuntimeError if it would never get further: nothing planned, and nothing in flight."""
         try:
             batch = self.scheduler.schedule()
-        except Exception as error:  # a policy of the user's own may have its mistakes
+        except BaseException as error:  # a user's own policy may have its mistakes
             if self.overlap is not None:
-                self.overlap.fail([batch for batch, _ in self.overlap.in_flight])
+                self.overlap.fail()
             else:
                 self.scheduler.fail()
             self._record(error=error)
@@ -260,7 +260,11 @@ class LLMEngine:
             else:
                 if request.logprobs is not None:
                     request.logprobs.append(logprobs[i])
-                self._detokenize(request)
+                try:
+                    self._detokenize(request)
+                except Exception:  # a tokenizer of the user's own may have its mistakes
+                    logger.exception("request %d is aborted: the tokenizer cannot decode its answer", seq.id)
+                    self._end(seq, "abort")
             if seq.is_finished:
                 finished.append(self.requests.pop(seq.id))
         self.finished += finished
@@ -275,9 +279,13 @@ class LLMEngine:
         if seq.is_finished:
             detokenizer.finish()
         if detokenizer.stopped:
-            if not seq.is_finished:
-                self.scheduler.finish(seq, "stop")
-            seq.finish_reason = "stop"
+            self._end(seq, "stop")
+
+    def _end(self, seq: Sequence, reason: str) -> None:
+        """End a sequence for a reason that its text gives, whatever reason the scheduler has found already."""
+        if not seq.is_finished:
+            self.scheduler.finish(seq, reason)
+        seq.finish_reason = reason
 
     # -- What is told about them ---------------------------------------------------------------------------------------
 

@@ -39,8 +39,8 @@ class Overlap:
         if batch.scheduled:
             try:
                 self.in_flight.append((batch, engine.model_runner.launch(batch)))
-            except Exception:
-                self.fail([*(other for other, _ in self.in_flight), batch])
+            except BaseException:  # one that a signal's handler raises comes here, too
+                self.fail(batch)
                 raise
         if len(self.in_flight) > bool(batch.scheduled):
             learnt = self.learn()
@@ -51,12 +51,13 @@ class Overlap:
 
     def learn(self) -> Batch:
         """Wait for the oldest step in flight, and take in what it gave."""
-        batch, launched = self.in_flight.popleft()
+        batch, launched = self.in_flight[0]
         try:
             token_ids = launched.tokens()
-        except Exception:
-            self.fail([batch, *(other for other, _ in self.in_flight)])
+        except BaseException:
+            self.fail()
             raise
+        self.in_flight.popleft()
         self.engine.scheduler.update(batch, token_ids)
         self.engine._show(batch, launched.logprobs)
         return batch
@@ -66,7 +67,7 @@ class Overlap:
         while self.in_flight:
             self.learn()
 
-    def fail(self, batches: list[Batch]) -> None:
+    def fail(self, *batches: Batch) -> None:
         """A step has failed, and with it all in flight: those after it had its results to work on."""
+        self.engine.scheduler.fail(*(batch for batch, _ in self.in_flight), *batches)
         self.in_flight.clear()
-        self.engine.scheduler.fail(*batches)

@@ -190,17 +190,15 @@ class Scheduler:
         """
         for batch in launched:
             for seq in (scheduled.seq for scheduled in batch.scheduled if scheduled.seq.status is Status.FINISHED):
-                seq.num_in_flight -= 1
-                if seq.num_in_flight == 0:
-                    self.block_manager.forget(seq)
-                    self._release(seq, Status.FINISHED)
+                seq.num_in_flight = 0
+                self.block_manager.forget(seq)
+                self._release(seq, Status.FINISHED)
         while self.running:
             self.block_manager.forget(self.running[-1])
             self._preempt()
         for seq in self.waiting:
             seq.num_in_flight, seq.num_tokens = 0, len(seq.token_ids)
-            if seq.status is Status.RUNNING:  # `schedule` raised while it was being admitted
-                self._release(seq, Status.WAITING)
+            self._release(seq, Status.WAITING)  # of one that was being admitted when `schedule` raised
 
     def _release(self, seq: Sequence, status: Status) -> None:
         seq.status = status
