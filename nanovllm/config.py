@@ -29,7 +29,8 @@ class Config:
         max_model_len: longest sequence in tokens, prompt and answer together. None is the model's own limit, or what
             the KV cache can hold if that is less.
         max_num_seqs: sequences that run at the same time.
-        max_num_batched_tokens: the token budget of a step. A longer prompt is computed in several steps.
+        max_num_batched_tokens: the token budget of a step, 65,535 at most. A longer prompt is computed in several
+            steps.
 
     Where keys and values live:
         block_size: tokens in a block of the KV cache.
@@ -67,8 +68,12 @@ class Config:
         if not isinstance(self.device, str):
             raise TypeError(f"device must be a string such as 'auto', 'cpu' or 'cuda', not {self.device!r}")
         check_bool("enforce_eager", self.enforce_eager)
-        for name in ("tensor_parallel_size", "max_num_batched_tokens", "block_size"):
+        for name in ("tensor_parallel_size", "block_size"):
             setattr(self, name, check_int(name, getattr(self, name), at_least=1))
+        # Each of a step's tokens may be a tile of attention's, and a GPU launches no more programs side by side.
+        self.max_num_batched_tokens = check_int(
+            "max_num_batched_tokens", self.max_num_batched_tokens, at_least=1, at_most=65_535
+        )
         # Each has a row in tables that are made at the start: more would be a slip, and an error of the memory's.
         self.max_num_seqs = check_int("max_num_seqs", self.max_num_seqs, at_least=1, at_most=2**20)
         for name, least in (("max_model_len", 2), ("num_kv_blocks", 1), ("kv_cache_memory", 1)):

@@ -150,36 +150,40 @@ class ModelRunner:
     def profile(self, config: Config, max_num_blocks: int, has_graphs: bool) -> None:
         """Try the largest step and the largest graphs, to know what to leave free for them beside the KV cache."""
         most = config.max_num_batched_tokens
-        self.memory.step = self.peak_of_step(most, num_sampled=min(config.max_num_seqs, most))
+        self.memory.step = self.peak_of_step(most, min(config.max_num_seqs, most), max_num_blocks)
         self.memory.reserved = self.memory.step
         if has_graphs:
             trial = self.capture_graphs(config, max_num_blocks, is_trial=True)
             self.memory.reserved += self.memory.graphs + trial.bytes_kept_by_cuda(self.ranks.size)
 
     @torch.inference_mode()
-    def peak_of_step(self, num_tokens: int, num_sampled: int) -> int:
+    def peak_of_step(self, num_tokens: int, num_seqs: int, max_num_blocks: int) -> int:
         """Bytes that torch takes from the GPU, at most, for what a step of so many tokens has in between.
 
-        It is one sequence, whose keys and values go to the dummy block, the only one that there is so far.
+        They are one sequence's, and then `num_seqs` sequences', of which all but the last decode, with block tables for
+        the longest context. Keys and values go to the dummy block, the only one that there is so far.
         """
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_reserved(self.device)
-        context = Context(
-            block_size=self.block_size,
-            num_decodes=0,
-            query_start=torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device),
-            context_lens=torch.tensor([num_tokens], dtype=torch.int32, device=self.device),
-            block_tables=torch.zeros(1, -(-num_tokens // self.block_size), dtype=torch.int32, device=self.device),
-            slot_mapping=torch.zeros(num_tokens, dtype=torch.int64, device=self.device),
-        )
+        width = max(max_num_blocks, -(-num_tokens // self.block_size))
         positions = torch.arange(num_tokens, device=self.device)
-        with use_context(context):
-            hidden_states = self.model(torch.zeros_like(positions), positions)
+        for num_decodes in (0, num_seqs - 1):
+            lens = np.array([1] * num_decodes + [num_tokens - num_decodes], np.int32)
+            context = Context(
+                block_size=self.block_size,
+                num_decodes=num_decodes,
+                query_start=self.to_device(np.concatenate([[0], lens.cumsum()]).astype(np.int32)),
+                context_lens=self.to_device(lens),
+                block_tables=torch.zeros(len(lens), width, dtype=torch.int32, device=self.device),
+                slot_mapping=torch.zeros(num_tokens, dtype=torch.int64, device=self.device),
+            )
+            with use_context(context):
+                hidden_states = self.model(torch.zeros_like(positions), positions)
         # Sampled in the way that takes most: at random, from a nucleus so wide that all tokens must be sorted.
-        rows = np.zeros(num_sampled, np.int64)
+        rows = np.zeros(num_seqs, np.int64)
         self.temperature[0], self.top_p[0], self.truncates[0] = 1e6, 0.999, True
-        self.choose(self.model.compute_logits(hidden_states[:num_sampled]), rows, rows)  # type: ignore[operator]
+        self.choose(self.model.compute_logits(hidden_states[:num_seqs]), rows, rows)  # type: ignore[operator]
         self.temperature[0], self.top_p[0], self.truncates[0] = 0, 0, False
         return torch.cuda.max_memory_reserved(self.device) - before
 
