@@ -241,7 +241,6 @@ def test_the_stopwatch_leaves_objects_as_they_were(model_path):
 
 
 def test_a_busy_machine_is_noticed():
-
     program = "import time\nwhile True: pass"
     busy = subprocess.Popen([sys.executable, "-c", program])
     try:
@@ -250,7 +249,7 @@ def test_a_busy_machine_is_noticed():
     finally:
         busy.kill()
         busy.wait()
-    assert load["others_cores"] > 0.3
+    assert load["others_cores"] > 0.3 and 0.1 < load["python_ms"] < 1000
 
 
 @pytest.mark.parametrize("others_cores, is_said", [(0.02, False), (0.8, True)])

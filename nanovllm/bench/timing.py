@@ -70,11 +70,24 @@ def stopwatch(parts: list[tuple[str, Any, str]]) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def watch_others() -> Iterator[dict[str, float]]:
-    """How many cores other programs kept busy during a `with` block: afterwards "others_cores" in the dict it gives."""
+    """How much others disturbed during a `with` block: afterwards "others_cores" and "python_ms" in the dict it gives.
+
+    The cores that other programs kept busy; and the milliseconds of a small loop right after the block, which tell of
+    those whom nobody here sees: guests of the same computer, who share its cores or its clock rate.
+    """
     load: dict[str, float] = {}
     start, others = perf_counter(), others_seconds()
     yield load
     load["others_cores"] = round(max(0.0, (others_seconds() - others) / (perf_counter() - start)), 2)
+    load["python_ms"] = round(1000 * min(loop_seconds() for _ in range(3)), 2)
+
+
+def loop_seconds() -> float:
+    """How long Python takes to count to 100,000."""
+    start = perf_counter()
+    for _ in range(100_000):
+        pass
+    return perf_counter() - start
 
 
 def others_seconds() -> float:

@@ -53,18 +53,20 @@ def test_no_step_takes_more_than_was_reserved_for_it():
 
 
 def test_decodes_outside_of_graphs_take_no_more_than_was_reserved():
-    """A piece of each context has an output of its own: with many heads and few layers these are the largest."""
+    """A piece of each context has an output of its own: with many heads and few layers these are the largest.
+
+    What torch keeps besides, of memory that smaller steps had, it gives back before it asks for more than there is.
+    """
     sizes = QWEN3 | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=2000)
     with qwen3_folder("tiny", sizes | dict(num_attention_heads=32, num_key_value_heads=8)) as path:
         settings = dict(num_kv_blocks=2000, max_num_batched_tokens=1100, max_num_seqs=1024, max_model_len=8192)
         llm = LLM(path, load_format="dummy", device="cuda", **settings)
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     llm.generate([[7] * 8100] + [[i] for i in range(1023)], params, use_tqdm=False)
-    taken, reserved = torch.cuda.max_memory_reserved() - before, llm.engine.model_runner.memory.step
-    assert 268e6 < taken < 1.05 * reserved, (taken, reserved)
+    taken, reserved = torch.cuda.max_memory_allocated() - before, llm.engine.model_runner.memory.step
+    assert 268e6 < taken < reserved, (taken, reserved)
     llm.close()
 
 
