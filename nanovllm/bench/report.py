@@ -71,8 +71,8 @@ class Report:
     """Collects records, and shows each as soon as it is there.
 
     The first describes the environment. Every other one has a "measurement" and its "dtype"; the one figure that it is
-    about, "value" in "unit"; "others_cores" and "python_ms", how much others disturbed; "at_least" or "at_most" if there
-    is a bar to reach; and whatever else helps to understand the figure.
+    about, "value" in "unit"; "others_cores" and "python_ms", how much others disturbed; "at_least" or "at_most" if
+    there is a bar to reach; and whatever else helps to understand the figure.
     """
 
     def __init__(self, out: Path | None = None) -> None:

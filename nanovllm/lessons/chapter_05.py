@@ -250,7 +250,10 @@ def show_recording(recording: dict[str, Any]) -> None:
     """The lanes of a GPU, what the graphs cost there, and where and when it was recorded."""
     runs = {name: Launches.from_dict(run) for name, run in recording["timelines"].items()}
     for n in dict.fromkeys(name.rpartition(" ")[2] for name in runs):
-        pair = {name: run for name, run in runs.items() if name.endswith(f"batch {n}")}
+        pair = {}
+        for kind, seconds in recording["seconds"].items():
+            title = f"{kind}, batch {n}, {1000 * seconds[n]:.2f} ms without the profiler"
+            pair[title] = runs[f"{kind}, batch {n}"]
         alt = "; ".join(f"{name}: {launches_of(run)}" for name, run in pair.items())
         show(draw_launches(pair, words=launches_of), "the grey in the GPU's lane, left of the dotted line.", alt=alt)
     print("\n".join(lines_of(recording)))
