@@ -35,16 +35,17 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.run is not run_bench:  # which measures what scripts have
+        # Beside other programs, threads that wait for each other had better sleep soon than spin for long: on two cores
+        # with two of them at work 25 tokens a second, not one; alone 47, not 48. Read when torch is imported, and by
+        # the kernels of notebooks, which inherit it.
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         args.run(args)
     except KeyboardInterrupt:
         print()
         return 130
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # what the package raises for a wrong model, setting or prompt
+    except (RuntimeError, TypeError, ValueError) as error:  # of a wrong model, setting or prompt
         print(f"nanovllm: {error}", file=sys.stderr)
         return 1
     return 0
@@ -99,9 +100,6 @@ def run_lab(args: argparse.Namespace) -> None:
         raise ValueError(
             f"there is no {notebook}: the notebooks come with the repository; install it with `pip install -e .`"
         )
-    # Beside the kernels of other chapters, threads that wait for each other had better sleep soon than spin for long:
-    # on two cores a decode step takes 85 ms beside two more engines, not 430; alone 38, not 33. Kernels inherit it.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     resolve_model(None)  # fetched now, with a progress bar, so that the first cell need not wait for it
     options = [
         f"--port={args.port}",

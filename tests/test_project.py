@@ -11,8 +11,7 @@ import nbformat
 import pytest
 import yaml
 
-from nanovllm import LLM
-from nanovllm.__main__ import run_generate
+from nanovllm import LLM, __main__
 from nanovllm.lessons.series import CHAPTERS
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +127,16 @@ def test_command_env():
     assert re.search(r"^torch \d", out, re.MULTILINE) and "CPU:" in out and "GPU" in out
 
 
+@pytest.mark.parametrize("command, sleeps", [("env", True), ("bench", False)])
+def test_threads_sleep_soon_beside_other_programs_but_where_they_are_measured(monkeypatch, command, sleeps):
+    seen = []
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that it is as it was afterwards
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setattr(__main__, f"run_{command}", lambda args: seen.append(os.environ.get("GOMP_SPINCOUNT")))
+    assert __main__.main([command]) == 0
+    assert seen == ["2000" if sleeps else None]
+
+
 def test_command_generate_streams_and_reports(model_path):
     run = nanovllm_command("generate", "Hello", "--model", str(model_path), "--max-tokens", "4", "--seed", "1")
     assert run.returncode == 0, run.stderr
@@ -138,7 +147,7 @@ def test_command_generate_streams_and_reports(model_path):
 def test_command_generate_where_there_is_no_token(model_path, monkeypatch, capsys):
     """The model's logits are NaN, say."""
     monkeypatch.setattr(LLM, "stream", lambda *args: iter([{"text": "", "token_ids": [], "finish_reason": "abort"}]))
-    run_generate(SimpleNamespace(model=model_path, prompt="Hello", temperature=1.0, seed=None, max_tokens=4))
+    __main__.run_generate(SimpleNamespace(model=model_path, prompt="Hello", temperature=1.0, seed=None, max_tokens=4))
     assert capsys.readouterr().err.endswith("[0 tokens; abort]\n")
 
 
