@@ -82,14 +82,14 @@ FAULTS = [
         "hash-without-parent",
         "a block's hash is of its tokens alone, whatever comes before them",
         "engine/block_manager.py",
-        'xxh64_intdigest(f"{parent_hash}:".encode() + array("q", token_ids).tobytes())',
-        'xxh64_intdigest(array("q", token_ids).tobytes())',
+        'xxh64_intdigest(f"{parent_hash}:".encode() + tokens)',
+        "xxh64_intdigest(tokens)",
     ),
     Fault(
         "hit-not-verified",
         "whatever has the right hash is a hit, whether or not it has the right content",
         "engine/block_manager.py",
-        "return block.parent == parent and block.token_ids == token_ids",
+        "return block.parent == parent and block.tokens == tokens",
         "return True",
     ),
     Fault(

@@ -3,6 +3,7 @@
 In the scenes a block has four tokens, and a prompt is written with a letter for each token: "aaaa bbbb c".
 """
 
+import gc
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from random import Random
 import pytest
 
 from nanovllm.engine import block_manager
-from nanovllm.engine.block_manager import BlockManager, hash_block
+from nanovllm.engine.block_manager import BlockManager, hash_block, packed
 from nanovllm.engine.sequence import Sequence
 
 from .scheduling import make_sequence, tokens
@@ -218,7 +219,7 @@ def test_a_salt_keeps_caches_apart():
 
 
 def test_salts_keep_tenants_apart_although_every_hash_collides(monkeypatch):
-    monkeypatch.setattr(block_manager, "hash_block", lambda parent_hash, token_ids: 7)
+    monkeypatch.setattr(block_manager, "hash_block", lambda parent_hash, tokens: 7)
     blocks = BlockManager(8, 4)
     salts = ["red", "blue", None, "red"]
     for block, salt in enumerate(salts):
@@ -230,7 +231,7 @@ def test_salts_keep_tenants_apart_although_every_hash_collides(monkeypatch):
 def test_a_salt_that_looks_like_a_hash_or_a_serial_number_finds_nothing():
     blocks = BlockManager(8, 4)
     compute(blocks, make_sequence("aaaa bbbb"))
-    assert hits(blocks, "bbbb +", salt=str(hash_block("", tokens("aaaa")))) == []
+    assert hits(blocks, "bbbb +", salt=str(hash_block("", packed(tokens("aaaa"))))) == []
     assert hits(blocks, "bbbb +", salt="0") == []
 
 
@@ -278,7 +279,7 @@ def test_what_a_failed_step_should_have_computed_leaves_the_cache():
 
 
 def test_a_forgotten_block_that_is_free_is_taken_next(monkeypatch):
-    monkeypatch.setattr(block_manager, "hash_block", lambda parent_hash, token_ids: token_ids[0])
+    monkeypatch.setattr(block_manager, "hash_block", lambda parent_hash, tokens: tokens[0])
     blocks = BlockManager(5, 4)
     a, b, c = make_sequence("aaaa"), make_sequence("bbbb"), make_sequence("abcd")
     for seq in (b, a):
@@ -295,7 +296,7 @@ def test_a_forgotten_block_that_is_free_is_taken_next(monkeypatch):
 
 
 def test_trap_64_bit_hash_trusted_without_checking_the_chain(monkeypatch):
-    monkeypatch.setattr(block_manager, "hash_block", lambda parent_hash, token_ids: 7)
+    monkeypatch.setattr(block_manager, "hash_block", lambda parent_hash, tokens: 7)
     blocks = BlockManager(9, 4)
     a, b = make_sequence("aaaa bbbb"), make_sequence("cccc")
     compute(blocks, a, 4)
@@ -310,7 +311,7 @@ def test_trap_64_bit_hash_trusted_without_checking_the_chain(monkeypatch):
 
 def test_trap_block_id_taken_for_a_contents_identity(monkeypatch):
     """Block 0 holds first "aaaa", then "cccc". The "bbbb" in block 1 goes on from "aaaa", not from block 0."""
-    monkeypatch.setattr(block_manager, "hash_block", lambda parent_hash, token_ids: token_ids[0])
+    monkeypatch.setattr(block_manager, "hash_block", lambda parent_hash, tokens: tokens[0])
     blocks = BlockManager(2, 4)
     a, child, c = make_sequence("aaaa"), make_sequence("aaaa bbbb"), make_sequence("cccc")
     compute(blocks, a)
@@ -355,7 +356,9 @@ def test_an_evicted_block_is_found_under_what_it_holds_now():
 
 def test_each_block_of_a_sequence_is_hashed_once(monkeypatch):
     hashed = []
-    monkeypatch.setattr(block_manager, "hash_block", lambda parent_hash, ids: hashed.append(ids) or hash_block("", ids))
+    monkeypatch.setattr(
+        block_manager, "hash_block", lambda parent, tokens: hashed.append(tokens) or hash_block("", tokens)
+    )
     blocks = BlockManager(9, 4)
     a = make_sequence("aaaa bbbb cccc d")
     for _ in range(5):
@@ -363,7 +366,17 @@ def test_each_block_of_a_sequence_is_hashed_once(monkeypatch):
     admit(blocks, a)
     blocks.release(a)
     admit(blocks, a)
-    assert hashed == [tokens("aaaa"), tokens("bbbb"), tokens("cccc")]
+    assert hashed == [packed(tokens(block)) for block in ("aaaa", "bbbb", "cccc")]
+
+
+def test_a_cache_that_fills_is_none_of_the_garbage_collectors_business():
+    """It looks through what it keeps track of, number by number: 200 ms in the middle of a step, now and then."""
+    blocks = BlockManager(1000, 4)
+    seq = make_sequence("abcd" * 1000)
+    gc.collect()
+    before = len(gc.get_objects())
+    compute(blocks, seq)
+    assert len(blocks.cached) == 1000 and len(gc.get_objects()) < before + 10
 
 
 def test_trap_removal_from_the_free_list_takes_longer_in_a_larger_cache():
@@ -496,7 +509,7 @@ def run_beside_plain_blocks(seed: int, num_operations: int, monkeypatch) -> Coun
     caching, collisions = random.random() < 0.9, random.random() < 0.3
     few = random.randint(1, 4)
     if collisions:
-        monkeypatch.setattr(block_manager, "hash_block", lambda parent, token_ids: sum(token_ids) % few)
+        monkeypatch.setattr(block_manager, "hash_block", lambda parent, tokens: sum(tokens) % few)
     blocks = BlockManager(num_blocks, block_size, caching)
     plain = PlainBlocks(num_blocks, block_size, caching, few if collisions else None)
     waiting: list[Sequence] = []

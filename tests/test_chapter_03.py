@@ -169,13 +169,13 @@ WRONG = [
         "    return num_tokens - num_shared // block_size * block_size", "the last token is always computed"),
     (1, "def tokens_to_compute(num_tokens, num_shared, block_size):\n"
         "    return max(1, num_tokens - num_shared // block_size * block_size)", "the engine computes 16 tokens"),
-    (2, "def holds(block, parent, token_ids):\n"
+    (2, "def holds(block, parent, tokens):\n"
         "    return True", "gets the block of the tokens"),
-    (2, "def holds(block, parent, token_ids):\n"
-        "    return block.token_ids == token_ids", "Compare the parent, too"),
-    (2, "def holds(block, parent, token_ids):\n"
+    (2, "def holds(block, parent, tokens):\n"
+        "    return block.tokens == tokens", "Compare the parent, too"),
+    (2, "def holds(block, parent, tokens):\n"
         "    return block.parent == parent", "gets the block of the tokens"),
-    (2, "def holds(block, parent, token_ids):\n"
+    (2, "def holds(block, parent, tokens):\n"
         "    return False", "a block could be shared, and you allow it in 0"),
     (3, "def spy(wait, candidates):\n"
         "    return 0", "Which one is faster than all others?"),

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from nanovllm.engine import block_manager
-from nanovllm.engine.block_manager import hash_block
+from nanovllm.engine.block_manager import hash_block, packed
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence, Status
 from nanovllm.sampling_params import SamplingParams
@@ -476,13 +476,13 @@ class Run:
     def unfinished(self) -> list[Sequence]:
         return [*self.scheduler.running, *self.scheduler.waiting]
 
-    def hash_block(self, parent: int | str, token_ids: list[int]) -> int:
+    def hash_block(self, parent: int | str, tokens: bytes) -> int:
         self.num_hashed += 1
         if self.num_hashes is None:
-            return hash_block(parent, token_ids)
-        value = sum(token_ids) % self.num_hashes
+            return hash_block(parent, tokens)
+        value = sum(tokens) % self.num_hashes
         there = self.blocks.cached.get(value)
-        self.events["forced collision"] += there is not None and self.blocks.blocks[there].token_ids != token_ids
+        self.events["forced collision"] += there is not None and self.blocks.blocks[there].tokens != tokens
         return value
 
     # -- Operations
@@ -625,7 +625,7 @@ class Run:
                 if block.serial not in self.contents:
                     assert GARBAGE not in slots, "what a failed step left is in the cache"
                     origins = [self.machine.origins[slot] for slot in slots]
-                    assert [token_id for _, token_id in origins] == block.token_ids
+                    assert packed([token_id for _, token_id in origins]) == block.tokens
                     assert [before for before, _ in origins][1:] == slots[:-1]
                     assert self.ends.setdefault(block.parent, origins[0][0]) == origins[0][0]
                     assert self.ends.setdefault(block.serial, slots[-1]) == slots[-1]

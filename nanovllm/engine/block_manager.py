@@ -32,12 +32,21 @@ class Block:
     hash: int | None = None  # None: not in the prefix cache
     serial: int = -1
     parent: int | str = ""
-    token_ids: list[int] | None = None
+    tokens: bytes | None = None
 
 
-def hash_block(parent_hash: int | str, token_ids: list[int]) -> int:
+def packed(token_ids: list[int]) -> bytes:
+    """Token ids as a block keeps them, side by side, 64 bits each.
+
+    Not as a list: Python's garbage collector looks through every young list, number by number, and a cache that fills
+    makes thousands of them. (With lists 64 prompts of 1,024 tokens took 17 ms to plan, not 13, and now and then 200.)
+    """
+    return array("q", token_ids).tobytes()
+
+
+def hash_block(parent_hash: int | str, tokens: bytes) -> int:
     """The chained hash of a full block: `parent_hash` is the hash of the block before it, or the cache salt."""
-    return xxh64_intdigest(f"{parent_hash}:".encode() + array("q", token_ids).tobytes())
+    return xxh64_intdigest(f"{parent_hash}:".encode() + tokens)
 
 
 class BlockManager:
@@ -130,9 +139,9 @@ class BlockManager:
             return hits
         parent: int | str = seq.params.cache_salt or ""
         for i in range((len(seq.token_ids) - 1) // self.block_size):
-            hash, token_ids = self._hash(seq, i)
+            hash, tokens = self._hash(seq, i)
             block_id = self.cached.get(hash)
-            if block_id is None or not self._holds(block_id, parent, token_ids):
+            if block_id is None or not self._holds(block_id, parent, tokens):
                 break
             hits.append(block_id)
             parent = self.blocks[block_id].serial
@@ -163,36 +172,36 @@ class BlockManager:
         """
         num_known_tokens = min(seq.num_computed_tokens, len(seq.token_ids))
         for i in range(seq.num_entered_blocks, num_known_tokens // self.block_size):
-            hash, token_ids = self._hash(seq, i)
+            hash, tokens = self._hash(seq, i)
             block_id = self.cached.get(hash)
-            if block_id is None or not self._holds(block_id, seq.parent, token_ids):
+            if block_id is None or not self._holds(block_id, seq.parent, tokens):
                 if block_id is not None:
                     self._forget(block_id)  # other content with the same hash: the newer one stays
                 block_id = seq.block_table[i]
                 block = self.blocks[block_id]
-                block.hash, block.serial, block.parent, block.token_ids = hash, self.num_contents, seq.parent, token_ids
+                block.hash, block.serial, block.parent, block.tokens = hash, self.num_contents, seq.parent, tokens
                 self.cached[hash] = block_id
                 self.num_contents += 1
                 self._tell("cache", block_id, seq.id, hash)
             seq.parent = self.blocks[block_id].serial
             seq.num_entered_blocks += 1
 
-    def _hash(self, seq: Sequence, i: int) -> tuple[int, list[int]]:
-        token_ids = seq.token_ids[i * self.block_size : (i + 1) * self.block_size]
+    def _hash(self, seq: Sequence, i: int) -> tuple[int, bytes]:
+        tokens = packed(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
         if i == len(seq.block_hashes):
             parent_hash = seq.block_hashes[-1] if seq.block_hashes else seq.params.cache_salt or ""
-            seq.block_hashes.append(hash_block(parent_hash, token_ids))
-        return seq.block_hashes[i], token_ids
+            seq.block_hashes.append(hash_block(parent_hash, tokens))
+        return seq.block_hashes[i], tokens
 
-    def _holds(self, block_id: int, parent: int | str, token_ids: list[int]) -> bool:
+    def _holds(self, block_id: int, parent: int | str, tokens: bytes) -> bool:
         block = self.blocks[block_id]
-        return block.parent == parent and block.token_ids == token_ids
+        return block.parent == parent and block.tokens == tokens
 
     def _forget(self, block_id: int) -> None:
         block = self.blocks[block_id]
         assert block.hash is not None
         del self.cached[block.hash]
-        block.hash, block.token_ids = None, None
+        block.hash, block.tokens = None, None
         self._tell("evict", block_id)
         if block_id in self.free:
             self.free.move_to_end(block_id, last=False)

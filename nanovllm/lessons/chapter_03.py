@@ -328,8 +328,8 @@ def tokens_to_compute(num_tokens: int, num_shared: int, block_size: int) -> int:
 )
 def check_holds(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
     class Reader(WeakHash):
-        def _holds(self, block_id: int, parent: int | str, token_ids: list[int]) -> bool:
-            return bool(attempted(answer(self.blocks[block_id], parent, token_ids)))
+        def _holds(self, block_id: int, parent: int | str, tokens: bytes) -> bool:
+            return bool(attempted(answer(self.blocks[block_id], parent, tokens)))
 
     for _ in range(20):
         blocks, reference = Reader(64, 2), WeakHash(64, 2)
@@ -364,9 +364,9 @@ def check_holds(answer: Callable[..., Any], random: random.Random) -> Iterator[s
 class WeakHash(BlockManager):
     """The engine's block manager with a hash of two values: nearly everything collides."""
 
-    def _hash(self, seq: Sequence, i: int) -> tuple[int, list[int]]:
-        hash, token_ids = super()._hash(seq, i)
-        return hash % 2, token_ids
+    def _hash(self, seq: Sequence, i: int) -> tuple[int, bytes]:
+        hash, tokens = super()._hash(seq, i)
+        return hash % 2, tokens
 
 
 def admit(blocks: BlockManager, seq: Sequence) -> list[int]:
