@@ -70,7 +70,7 @@ class Config:
         check_bool("enforce_eager", self.enforce_eager)
         for name in ("tensor_parallel_size", "block_size"):
             setattr(self, name, check_int(name, getattr(self, name), at_least=1))
-        # Each of a step's tokens may be a tile of attention's, and a GPU launches no more programs side by side.
+        # Each of a step's tokens may be a tile of attention's, and a GPU's grid has no more places along their axis.
         self.max_num_batched_tokens = check_int(
             "max_num_batched_tokens", self.max_num_batched_tokens, at_least=1, at_most=65_535
         )

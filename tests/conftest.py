@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,44 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.set_num_threads(ALL_THREADS if "default_model_path" in fixtures else 1)
 
 
-def failing_once(method: Callable[..., Any]) -> Callable[..., Any]:
+def failing_once(method: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
     """`method`, but the first call raises."""
-    errors = [OverflowError("too much for this tokenizer")]
+    errors = [error]
 
     def call(*args: Any) -> Any:
         if errors:
             raise errors.pop()
         return method(*args)
+
+    return call
+
+
+class Panic(BaseException):
+    """As `pyo3_runtime.PanicException`, which tokenizers raise where their Rust panics, it is no Exception."""
+
+
+@contextmanager
+def alarms(error: BaseException) -> Iterator[None]:
+    """While it lasts, an alarm raises an error."""
+
+    def handler(*_: Any) -> None:
+        raise error
+
+    previous = signal.signal(signal.SIGALRM, handler)
+    yield
+    assert signal.getsignal(signal.SIGALRM) is handler, "nobody has taken its place for good"
+    signal.signal(signal.SIGALRM, previous)
+
+
+def interrupted(method: Callable[..., Any], call_number: int = 1) -> Callable[..., Any]:
+    """`method`; in the midst of one of its calls an alarm goes off."""
+    numbers = count(1)
+
+    def call(*args: Any) -> Any:
+        result = method(*args)
+        if next(numbers) == call_number:
+            signal.raise_signal(signal.SIGALRM)
+        return result
 
     return call
 

@@ -13,7 +13,6 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import psutil
@@ -23,11 +22,13 @@ from transformers import AutoTokenizer
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import llm_engine
+from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.launched_step import LaunchedStep
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils.loader import build_model
-from tests.conftest import collector_off, failing_once
+from tests.conftest import Panic, alarms, collector_off, failing_once, interrupted
 from tests.scheduling import Slips
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -641,62 +642,58 @@ def test_an_answer_that_an_interrupted_step_finished_is_not_lost(llm, monkeypatc
     assert generate(llm, ["you"])[0]["finish_reason"], "and the next call gives its own answers alone"
 
 
-@pytest.mark.parametrize("at", ["schedule", "launch", "tokens"])
-def test_the_handler_of_a_signal_that_raises_harms_nobody(llm, monkeypatch, at):
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (BlockManager, "allocate"),
+        (Scheduler, "schedule"),
+        (ModelRunner, "launch"),
+        (LaunchedStep, "tokens"),
+        (Scheduler, "finish"),
+        (Scheduler, "update"),
+        (Detokenizer, "append"),
+        (Detokenizer, "finish"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else part.__name__,
+)
+@pytest.mark.parametrize("call_number", [1, 2, 9])
+def test_the_handler_of_a_signal_that_raises_harms_nobody(llm, monkeypatch, owner, name, call_number):
     """An alarm's, say, or that of SIGTERM: all who ran are computed again, and nothing is lost of rows and blocks."""
     expected = generate(llm, ["Hello", "there"])
     by_hand = llm.add_request("Hello", GREEDY)
     llm.step()
-    engine = llm.engine
     with monkeypatch.context() as patch, alarms(SystemExit("time is up")):
-        if at == "schedule":
-            patch.setattr(engine.scheduler, "schedule", after_an_alarm(engine.scheduler.schedule))
-        elif at == "launch":
-            patch.setattr(engine.model_runner, "launch", after_an_alarm(engine.model_runner.launch))
-        else:
-            patch.setattr(LaunchedStep, "tokens", after_an_alarm(LaunchedStep.tokens))
-        with pytest.raises(SystemExit, match="time is up"):
+        patch.setattr(owner, name, interrupted(getattr(owner, name), call_number))
+        try:
             generate(llm, ["there"])
-    answers = []
+        except SystemExit:
+            pass
+        else:
+            assert call_number > 2, f"{name} is called less often"
+    answers, llm._undelivered = llm._undelivered, []
     while llm.has_unfinished_requests():
         answers += llm.step()
     assert [(a["request_id"], a["token_ids"]) for a in answers] == [(by_hand, expected[0]["token_ids"])]
+    assert answers[0]["text"] == expected[0]["text"]
     assert_idle(llm)
+    llm.reset_prefix_cache()
     assert generate(llm, ["there"])[0]["token_ids"] == expected[1]["token_ids"]
 
 
-@contextmanager
-def alarms(error):
-    """While it lasts, an alarm raises an error."""
-
-    def handler(*_):
-        raise error
-
-    previous = signal.signal(signal.SIGALRM, handler)
-    yield
-    signal.signal(signal.SIGALRM, previous)
-
-
-def after_an_alarm(method):
-    """`method`, in the midst of which the alarm goes off."""
-
-    def call(*args):
-        result = method(*args)
-        signal.raise_signal(signal.SIGALRM)
-        return result
-
-    return call
-
-
+@pytest.mark.parametrize("error", [OverflowError("too much"), Panic("rust")], ids=["exception", "panic"])
 @pytest.mark.parametrize("params", [{"max_tokens": 1}, {"max_tokens": 6}, {"max_tokens": 6, "stop": ["zzz"]}])
-def test_a_text_that_cannot_be_made_ends_its_request_and_no_other(llm, monkeypatch, caplog, params):
+def test_a_text_that_cannot_be_made_ends_its_request_and_no_other(llm, monkeypatch, caplog, params, error):
     """A tokenizer of the user's own may raise, also at the token with which the answer ends."""
     expected = generate(llm, ["there"])[0]
     bad, good = llm.add_request("Hello", SamplingParams(temperature=0.0, **params)), llm.add_request("there", GREEDY)
-    monkeypatch.setattr(Detokenizer, "append", failing_once(Detokenizer.append))
-    (answer,) = llm.step()
+    monkeypatch.setattr(Detokenizer, "append", failing_once(Detokenizer.append, error))
+    with llm.trace() as trace:
+        (answer,) = llm.step()
+    assert trace.requests[bad].output_token_ids == answer["token_ids"]
     assert answer["request_id"] == bad and answer["finish_reason"] == "abort" and len(answer["token_ids"]) == 1
-    assert f"request {bad} is aborted" in caplog.text and "OverflowError" in caplog.text, "with where it was raised"
+    assert (
+        f"request {bad} is aborted" in caplog.text and type(error).__name__ in caplog.text
+    ), "with where it was raised"
     while llm.has_unfinished_requests():
         (answer,) = llm.step() or [answer]
     assert answer == expected | {"request_id": good, "num_cached_tokens": answer["num_cached_tokens"]}

@@ -13,7 +13,7 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.overlap import Overlap
-from tests.conftest import collector_off, failing_once
+from tests.conftest import Panic, alarms, collector_off, failing_once, interrupted
 from tests.scheduling import Slips
 
 
@@ -228,11 +228,36 @@ def test_a_text_that_cannot_be_made(model_path, plain, monkeypatch, max_tokens):
     )
     expected = [a["token_ids"] for a in plain.generate(prompts, params, use_tqdm=False)]
     llm = overlapping(model_path)
-    monkeypatch.setattr(Detokenizer, "append", failing_once(Detokenizer.append))
+    monkeypatch.setattr(Detokenizer, "append", failing_once(Detokenizer.append, Panic()))
     bad, *good = llm.generate(prompts, [replace(params, max_tokens=max_tokens), params, params], use_tqdm=False)
     assert bad["finish_reason"] == "abort" and bad["token_ids"] == expected[0][:1]
     assert [answer["token_ids"] for answer in good] == expected[1:]
     tidy(llm)
+
+
+@pytest.mark.parametrize("name", ["schedule", "update", "finish"])
+@pytest.mark.parametrize("call_number", [1, 2, 3, 5])
+def test_the_handler_of_a_signal_that_raises_harms_nobody(model_path, plain, monkeypatch, name, call_number):
+    prompts, params = [[1, 2, 3], list(range(40)), [9]], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    expected = plain.generate(prompts, params, use_tqdm=False)
+    llm = overlapping(model_path, max_num_batched_tokens=32, num_kv_blocks=9)
+    by_hand = [llm.add_request(prompt, params) for prompt in prompts]
+    with monkeypatch.context() as patch, alarms(SystemExit("time is up")):
+        patch.setattr(llm.engine.scheduler, name, interrupted(getattr(llm.engine.scheduler, name), call_number))
+        try:
+            llm.generate([[4, 4, 4]] * 2, params, use_tqdm=False)
+        except SystemExit:
+            pass
+        else:
+            assert name == "finish" and call_number > 4
+    answers, llm._undelivered = {a["request_id"]: a for a in llm._undelivered}, []
+    while llm.has_unfinished_requests():
+        answers |= {a["request_id"]: a for a in llm.step()}
+    assert [(answers[i]["token_ids"], answers[i]["text"]) for i in by_hand] == [
+        (a["token_ids"], a["text"]) for a in expected
+    ]
+    tidy(llm)
+    llm.reset_prefix_cache()
 
 
 def test_an_engine_goes_when_nobody_holds_it(model_path):

@@ -26,7 +26,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checkpoint import load_eos_token_ids, load_hf_config, load_tokenizer
 from nanovllm.utils.checks import check_int, check_text
 from nanovllm.utils.hub import resolve_model
-from nanovllm.utils.interrupts import interrupts_deferred
+from nanovllm.utils.interrupts import interrupts_deferred, signals_deferred
 
 logger = logging.getLogger(__name__)
 
@@ -189,41 +189,35 @@ class LLMEngine:
         If it fails, it raises; all sequences that run go back to the queue, as if it had never been.
         """
         with interrupts_deferred():
-            start = perf_counter()
-            batch = self.schedule()
-            scheduled = perf_counter()
-            if not batch.scheduled:
-                if batch.preempted:
-                    self._record(batch)
-                return batch, []
+            start, batch = perf_counter(), Batch()
             try:
+                batch = self.schedule()
+                scheduled = perf_counter()
+                if not batch.scheduled:
+                    if batch.preempted:
+                        self._record(batch)
+                    return batch, []
                 launched = self.model_runner.launch(batch)
-                token_ids = launched.tokens()
-            except BaseException as error:  # one that a signal's handler raises comes here, too
+                token_ids, logprobs = launched.tokens(), launched.logprobs
+                computed = perf_counter()
+                with signals_deferred():
+                    self.scheduler.update(batch, token_ids)
+                    finished = self._show(batch, logprobs)
+                    end = perf_counter()
+                    wait = computed - scheduled - sum(launched.times.values())  # for the GPU, or for ranks
+                    times = {"schedule": scheduled - start, **launched.times, "wait": wait, "update": end - computed}
+                    self._record(batch, [request.seq for request in finished], times, launched.graph)
+                    self._log(batch, end - start)
+            except BaseException as error:  # the handler of a signal may raise anything
                 self.scheduler.fail(batch)
                 self._record(batch, error=error)
                 raise
-            computed = perf_counter()
-            self.scheduler.update(batch, token_ids)
-            finished = self._show(batch, launched.logprobs)
-            end = perf_counter()
-            wait = computed - scheduled - sum(launched.times.values())  # for the GPU, or for ranks
-            times = {"schedule": scheduled - start, **launched.times, "wait": wait, "update": end - computed}
-            self._record(batch, [request.seq for request in finished], times, launched.graph)
-            self._log(batch, end - start)
         return batch, self.take_finished()  # not before: Ctrl-C, if it came, is raised at the end of the block
 
     def schedule(self, is_in_flight: bool = False) -> Batch:
         """Plan a step. RuntimeError if it would never get further: nothing planned, and nothing in flight."""
-        try:
+        with signals_deferred():
             batch = self.scheduler.schedule()
-        except BaseException as error:  # a user's own policy may have its mistakes
-            if self.overlap is not None:
-                self.overlap.fail()
-            else:
-                self.scheduler.fail()
-            self._record(error=error)
-            raise
         if self.requests and not (batch.scheduled or batch.preempted or is_in_flight):
             raise RuntimeError(f"{type(self.scheduler).__name__} scheduled nothing, although requests wait")
         return batch
@@ -262,7 +256,7 @@ class LLMEngine:
                     request.logprobs.append(logprobs[i])
                 try:
                     self._detokenize(request)
-                except Exception:  # a tokenizer of the user's own may have its mistakes
+                except BaseException:  # the tokenizer's; if it panics in Rust, that is no Exception
                     logger.exception("request %d is aborted: the tokenizer cannot decode its answer", seq.id)
                     self._end(seq, "abort")
             if seq.is_finished:

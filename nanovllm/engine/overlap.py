@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.scheduler import Batch
+from nanovllm.utils.interrupts import signals_deferred
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
@@ -34,17 +35,17 @@ class Overlap:
         flight go back to the queue, as if these had never been.
         """
         start = perf_counter()
-        engine, learnt = self.engine, Batch()
-        batch = engine.schedule(is_in_flight=bool(self.in_flight))
-        if batch.scheduled:
-            try:
+        engine, batch, learnt = self.engine, Batch(), Batch()
+        try:
+            batch = engine.schedule(is_in_flight=bool(self.in_flight))
+            if batch.scheduled:
                 self.in_flight.append((batch, engine.model_runner.launch(batch)))
-            except BaseException:  # one that a signal's handler raises comes here, too
-                self.fail(batch)
-                raise
-        if len(self.in_flight) > bool(batch.scheduled):
-            learnt = self.learn()
-            engine._log(learnt, perf_counter() - start)
+            if len(self.in_flight) > bool(batch.scheduled):
+                learnt = self.learn()
+                engine._log(learnt, perf_counter() - start)
+        except BaseException:  # the handler of a signal may raise anything
+            self.fail(batch)
+            raise
         if not engine.requests:
             self.drain()  # what was launched for those who had finished already
         return learnt
@@ -52,20 +53,21 @@ class Overlap:
     def learn(self) -> Batch:
         """Wait for the oldest step in flight, and take in what it gave."""
         batch, launched = self.in_flight[0]
-        try:
-            token_ids = launched.tokens()
-        except BaseException:
-            self.fail()
-            raise
-        self.in_flight.popleft()
-        self.engine.scheduler.update(batch, token_ids)
-        self.engine._show(batch, launched.logprobs)
+        token_ids, logprobs = launched.tokens(), launched.logprobs
+        with signals_deferred():
+            self.in_flight.popleft()
+            self.engine.scheduler.update(batch, token_ids)
+            self.engine._show(batch, logprobs)
         return batch
 
     def drain(self) -> None:
         """Wait for all steps in flight; the next step tells which requests they finished."""
-        while self.in_flight:
-            self.learn()
+        try:
+            while self.in_flight:
+                self.learn()
+        except BaseException:
+            self.fail()
+            raise
 
     def fail(self, *batches: Batch) -> None:
         """A step has failed, and with it all in flight: those after it had its results to work on."""

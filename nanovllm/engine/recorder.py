@@ -53,10 +53,10 @@ class Recorder:
     ) -> None:
         """A step is done or has failed, or, without a batch, something happened between two."""
         trace, batch, finished = self.trace, batch or Batch(), finished or []
-        sampled = {} if error else {s.seq.id: s.seq.token_ids[-1] for s in batch.scheduled if s.samples}
-        for seq in finished:
-            if seq.finish_reason == "abort":
-                sampled.pop(seq.id, None)  # it got no token
+        sampled = {}
+        for s in batch.scheduled:
+            if s.samples and len(s.seq.token_ids) > s.num_computed_tokens + s.num_new_tokens and not error:
+                sampled[s.seq.id] = s.seq.token_ids[-1]  # of NaN it got none
         seconds = sum(times.values()) if times else 0.0
         trace.steps.append(
             Step(

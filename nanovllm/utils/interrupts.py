@@ -1,22 +1,44 @@
-"""Ctrl-C at a moment that suits us."""
+"""Signals at a moment that suits us: Ctrl-C, and others with handlers that may raise, wherever Python happens to be."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+# Besides Ctrl-C those for which programs have handlers: to end in good order, or after some time.
+NAMES = ("SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+OTHERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has fewer
 
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C, or Jupyter's stop button, wait for the end of the block: bookkeeping is never left half done."""
+    """Let Ctrl-C, or Jupyter's stop button, wait for the end of the block."""
+    with deferred([signal.SIGINT]):
+        yield
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Let all signals wait: bookkeeping is never left half done. (What may hang, an alarm must be able to end.)"""
+    with deferred([signal.SIGINT, *OTHERS]):
+        yield
+
+
+@contextmanager
+def deferred(signums: Iterable[int]) -> Iterator[None]:
+    """Let signals that have a handler in Python wait for the end of the block."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is interrupted
         return
     received: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda signum, frame: received.append(signum))
+    found = {signum: signal.getsignal(signum) for signum in signums}
+    handlers = {signum: handler for signum, handler in found.items() if callable(handler)}
+    for signum in handlers:
+        signal.signal(signum, lambda signum, frame: received.append(signum))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-        if received:
-            signal.raise_signal(signal.SIGINT)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for signum in received:
+            signal.raise_signal(signum)
