@@ -480,7 +480,7 @@ def test_bad_request(llm, case):
         ({"gpu_memory_utilization": 1.5}, ValueError, "gpu_memory_utilization must be above 0 and at most 1, not 1.5"),
         ({"dtype": "float8"}, ValueError, "dtype must be one of .*'bfloat16'"),
         ({"dtype": torch.float32}, TypeError, "dtype must be one of"),
-        ({"max_num_batched_tokens": 65_536}, ValueError, "max_num_batched_tokens must be at most 65535, not 65536"),
+        ({"max_num_batched_tokens": 65_537}, ValueError, "max_num_batched_tokens must be at most 65536, not 65537"),
         ({"load_format": "pt"}, ValueError, "load_format must be one of 'auto', 'dummy'"),
         ({"attention_backend": "tritonn"}, ValueError, "attention_backend must be one of"),
         ({"attention_backend": "flash_attn", "device": "cpu"}, ValueError, "needs an NVIDIA GPU; on a CPU use 'torch'"),
