@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 # Besides Ctrl-C those for which programs have handlers: to end in good order, or after some time.
 NAMES = ("SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -17,11 +17,12 @@ def interrupts_deferred() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def signals_deferred() -> Iterator[None]:
-    """Let all signals wait: bookkeeping is never left half done. (What may hang, an alarm must be able to end.)"""
-    with deferred([signal.SIGINT, *OTHERS]):
-        yield
+def signals_deferred() -> AbstractContextManager[None]:
+    """Let the others wait, where Ctrl-C does already: bookkeeping is never left half done.
+
+    Not while something may hang, of which an alarm must be able to free us.
+    """
+    return deferred(OTHERS)
 
 
 @contextmanager
