@@ -108,9 +108,11 @@ def alarms(error: BaseException) -> Iterator[None]:
         raise error
 
     previous = signal.signal(signal.SIGALRM, handler)
-    yield
-    assert signal.getsignal(signal.SIGALRM) is handler, "nobody has taken its place for good"
-    signal.signal(signal.SIGALRM, previous)
+    try:
+        yield
+        assert signal.getsignal(signal.SIGALRM) is handler, "nobody has taken its place for good"
+    finally:
+        signal.signal(signal.SIGALRM, previous)
 
 
 def interrupted(method: Callable[..., Any], call_number: int = 1) -> Callable[..., Any]:

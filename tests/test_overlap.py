@@ -223,9 +223,8 @@ def test_a_step_that_fails(model_path, plain, failing_launch, what, error):
 @pytest.mark.parametrize("max_tokens", [1, 12])
 def test_a_text_that_cannot_be_made(model_path, plain, monkeypatch, max_tokens):
     """The one request is aborted, although a step for it is in flight; all others get their answers."""
-    prompts, params = [[1, 2, 3], [9, 8], list(range(40))], SamplingParams(
-        temperature=0, max_tokens=12, ignore_eos=True
-    )
+    prompts = [[1, 2, 3], [9, 8], list(range(40))]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     expected = [a["token_ids"] for a in plain.generate(prompts, params, use_tqdm=False)]
     llm = overlapping(model_path)
     monkeypatch.setattr(Detokenizer, "append", failing_once(Detokenizer.append, Panic()))

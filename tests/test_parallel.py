@@ -38,7 +38,7 @@ from nanovllm.models import get_model_class
 from nanovllm.utils.loader import init_dummy, pieces_of
 from nanovllm.utils.ranks import Ranks
 
-from .conftest import SIZES, save_random_model
+from .conftest import SIZES, alarms, save_random_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
@@ -432,18 +432,10 @@ def test_a_rank_listens_while_it_computes(llm):
 @pytest.mark.parametrize("error", [RuntimeError, TimeoutError])  # the latter is an OSError, as of a broken pipe
 def test_an_alarm_in_the_middle_of_a_step_ends_the_engine(llm, error):
     """What the ranks have answered meanwhile would be taken for the answer to the next question."""
-
-    def ring(signum, frame):
-        raise error("time is up")
-
-    previous = signal.signal(signal.SIGALRM, ring)
     os.kill(llm.engine.model_runner.processes[1].pid, signal.SIGSTOP)  # so that the alarm finds us waiting
-    try:
+    with alarms(error("time is up")), pytest.raises(error, match="time is up"):
         signal.setitimer(signal.ITIMER_REAL, 0.5)
-        with pytest.raises(error, match="time is up"):
-            generate(llm, [[1, 2, 3]] * 8, ENDLESS)
-    finally:
-        signal.signal(signal.SIGALRM, previous)
+        generate(llm, [[1, 2, 3]] * 8, ENDLESS)
     assert_ended(llm, time.monotonic())
 
 

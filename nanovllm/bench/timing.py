@@ -79,15 +79,12 @@ def watch_others() -> Iterator[dict[str, float]]:
     start, others = perf_counter(), others_seconds()
     yield load
     load["others_cores"] = round(max(0.0, (others_seconds() - others) / (perf_counter() - start)), 2)
-    load["python_ms"] = round(1000 * min(loop_seconds() for _ in range(3)), 2)
+    load["python_ms"] = round(1000 * best_of({"loop": small_loop}, rounds=3)["loop"], 2)
 
 
-def loop_seconds() -> float:
-    """How long Python takes to count to 100,000."""
-    start = perf_counter()
+def small_loop() -> None:
     for _ in range(100_000):
         pass
-    return perf_counter() - start
 
 
 def others_seconds() -> float:

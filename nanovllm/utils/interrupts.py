@@ -3,26 +3,12 @@
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import partial
 
 # Besides Ctrl-C those for which programs have handlers: to end in good order, or after some time.
 NAMES = ("SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 OTHERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has fewer
-
-
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C, or Jupyter's stop button, wait for the end of the block."""
-    with deferred([signal.SIGINT]):
-        yield
-
-
-def signals_deferred() -> AbstractContextManager[None]:
-    """Let the others wait, where Ctrl-C does already: bookkeeping is never left half done.
-
-    Not while something may hang, of which an alarm must be able to free us.
-    """
-    return deferred(OTHERS)
 
 
 @contextmanager
@@ -43,3 +29,11 @@ def deferred(signums: Iterable[int]) -> Iterator[None]:
             signal.signal(signum, handler)
         for signum in received:
             signal.raise_signal(signum)
+
+
+# Ctrl-C, or Jupyter's stop button, waits for the end of the block.
+interrupts_deferred = partial(deferred, [signal.SIGINT])
+
+# The others wait, where Ctrl-C does already: bookkeeping is never left half done. Not while something may hang, of
+# which an alarm must be able to free us.
+signals_deferred = partial(deferred, OTHERS)
