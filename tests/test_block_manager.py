@@ -175,10 +175,10 @@ def test_only_full_blocks_that_are_computed_are_entered():
     compute(blocks, a, 8)
     assert hits(blocks, "aaaa bbbb cccc") == [0, 1]
     compute(blocks, a, 10)
-    a.token_ids += tokens("c")
+    a.token_ids.extend(tokens("c"))
     blocks.fill(a, 2)  # the twelfth token is in flight: nobody knows yet what this block holds
     assert hits(blocks, "aaaa bbbb cccc d") == [0, 1]
-    a.token_ids += tokens("c")
+    a.token_ids.extend(tokens("c"))
     blocks.fill(a, 0)
     assert hits(blocks, "aaaa bbbb cccc d") == [0, 1, 2], "generated tokens are found as those of a prompt are"
 
@@ -439,7 +439,7 @@ class PlainBlocks:
         """The block of `seq` after those `before`: what it should hold, and what is cached under its key."""
         salt = seq.params.cache_salt or ""
         cuts = [self.block_size * i for i in range(len(before) + 2)]
-        parts = [seq.token_ids[start:end] for start, end in zip(cuts, cuts[1:])]
+        parts = [seq.token_ids[start:end].tolist() for start, end in zip(cuts, cuts[1:])]
         key = sum(parts[-1]) % self.num_hashes if self.num_hashes else (salt, *parts)
         wanted = Content(-1, key, before[-1] if before else salt, parts[-1])
         return wanted, next((content for content in self.contents if content.key == wanted.key), None)

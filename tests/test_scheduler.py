@@ -658,7 +658,7 @@ class Run:
                 (i + 1 for i in range(seq.num_prompt_tokens, len(expected)) if expected[i] in seq.stop_token_ids),
                 len(expected),
             )
-            assert seq.token_ids == expected[: len(seq.token_ids)]
+            assert seq.token_ids.tolist() == expected[: len(seq.token_ids)]
             if seq.finish_reason == "abort":
                 assert len(seq.token_ids) <= num_tokens
             else:

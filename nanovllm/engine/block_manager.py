@@ -11,6 +11,7 @@ came before. A freed block keeps its content, and can be found, until its place 
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from xxhash import xxh64_intdigest
@@ -35,7 +36,7 @@ class Block:
     tokens: bytes | None = None
 
 
-def packed(token_ids: list[int]) -> bytes:
+def packed(token_ids: Iterable[int]) -> bytes:
     """Token ids as a block keeps them, side by side, 64 bits each.
 
     Not as a list: Python's garbage collector looks through every young list, number by number, and a cache that fills

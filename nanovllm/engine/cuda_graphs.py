@@ -184,7 +184,7 @@ class StepGraphs:
 
     def fill_tokens(self, bucket: int, input_ids: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> None:
         """Write a step's tokens where the graphs of their bucket read them."""
-        self.fill(bucket, self.inputs, np.stack([input_ids, positions, rows]), padding=[0, 0, self.padding_row])
+        self.fill(bucket, self.inputs, [input_ids, positions, rows], padding=[0, 0, self.padding_row])
 
     def samples_at_once(self, num_sampled: int) -> bool:
         """Whether there is a graph to sample so many sequences."""
@@ -199,15 +199,16 @@ class StepGraphs:
         if hidden_states.data_ptr() != self.hidden_states.data_ptr():  # of a step too large for a graph
             self.hidden_states[:num_sampled] = hidden_states[copied(at, hidden_states.device)]
             at = np.arange(num_sampled)
-        inputs = np.stack([at, rows, bits, temperature.astype(np.float64).view(np.int64)])
+        inputs = [at, rows, bits, temperature.astype(np.float64).view(np.int64)]
         self.fill(bucket, self.sample_inputs, inputs, padding=[0, self.padding_row, 0, 0])
         self.sample_graphs[bucket].replay()
         return self.token_ids[:num_sampled].clone()
 
-    def fill(self, bucket: int, buffer: torch.Tensor, inputs: np.ndarray, padding: list[int]) -> None:
-        """Write `inputs`, `[k, n]`, where a bucket's graph reads them, and columns of `padding` behind them."""
-        padded = np.repeat(np.array(padding)[:, None], bucket, axis=1)  # [k, bucket]
-        padded[:, : inputs.shape[1]] = inputs
+    def fill(self, bucket: int, buffer: torch.Tensor, inputs: list[np.ndarray], padding: list[int]) -> None:
+        """Write `inputs`, `[n]` each, where a bucket's graph reads them, and behind each its kind of `padding`."""
+        padded = np.empty((len(inputs), bucket), np.int64)
+        for row, numbers, rest in zip(padded, inputs, padding, strict=True):
+            row[: len(numbers)], row[len(numbers) :] = numbers, rest
         buffer[: padded.size].copy_(pinned(padded.ravel()), non_blocking=True)
 
     def add_blocks(self, rows: np.ndarray, places: np.ndarray, blocks: np.ndarray) -> None:

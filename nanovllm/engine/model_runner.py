@@ -230,6 +230,7 @@ class ModelRunner:
         rows = inputs.rows[inputs.owner]  # [num_tokens]
         if self.graphs is None or bucket is None:
             context = self.prepare(inputs)
+            context.slot_mapping = self.to_device(self.slots_of(inputs.positions, rows))
             input_ids, positions = self.to_device(inputs.input_ids), self.to_device(inputs.positions)
             if self.graphs is not None:
                 input_ids = self.graphs.known(input_ids, self.to_device(rows))
@@ -266,18 +267,19 @@ class ModelRunner:
 
     def prepare(self, inputs: StepInputs) -> Context:
         """What attention must know, as tensors."""
-        positions, context_lens = inputs.positions, inputs.context_lens
-        block_tables = self.block_tables[inputs.rows, : -(-context_lens.max() // self.block_size)]
-        blocks = block_tables[inputs.owner, positions // self.block_size].astype(np.int64)  # [num_tokens]
-        slots = blocks * self.block_size + positions % self.block_size  # [num_tokens]: where each one's K/V will lie
+        num_blocks = -(-inputs.context_lens.max() // self.block_size)  # of the longest
         return Context(
             block_size=self.block_size,
             num_decodes=int((inputs.num_new == 1).sum()),
             query_start=self.to_device(np.concatenate([[0], inputs.ends]).astype(np.int32)),
-            context_lens=self.to_device(context_lens.astype(np.int32)),
-            block_tables=self.to_device(block_tables),  # [num_seqs, max_blocks]
-            slot_mapping=self.to_device(slots),
+            context_lens=self.to_device(inputs.context_lens.astype(np.int32)),
+            block_tables=self.to_device(self.block_tables[inputs.rows, :num_blocks]),
         )
+
+    def slots_of(self, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Where keys and values of some tokens go, `[num_tokens]`. Graphs work it out on the GPU."""
+        blocks = self.block_tables[rows, positions // self.block_size].astype(np.int64)
+        return blocks * self.block_size + positions % self.block_size
 
     def sample(self, inputs: StepInputs, hidden_states: torch.Tensor) -> LaunchedStep:
         """Choose the next token of each sequence that samples."""

@@ -1,5 +1,7 @@
 """A sequence: one request's tokens, and how far the engine has come with them."""
 
+from array import array
+from collections.abc import Iterable
 from enum import Enum
 
 from nanovllm.sampling_params import SamplingParams
@@ -19,7 +21,9 @@ class Sequence:
     the KV cache holds keys and values, or will once the launched steps are done. What is missing between the two is
     the work to schedule: a whole prompt at first, one token at a time later. A decode is nothing special.
 
-    `token_ids` holds the *values*. It is shorter than `num_tokens` while a step is in flight.
+    `token_ids` holds the *values*, and is shorter than `num_tokens` while a step is in flight. It is an array, whose
+    numbers are hashed and copied as they lie: with a list, whose numbers are objects, a step of 8,192 new tokens began
+    0.5 ms later.
     """
 
     __slots__ = (
@@ -45,21 +49,21 @@ class Sequence:
     def __init__(
         self,
         id: int,
-        prompt_token_ids: list[int],
+        prompt_token_ids: Iterable[int],
         params: SamplingParams,
         max_num_tokens: int,
         stop_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.id = id
-        self.token_ids = list(prompt_token_ids)
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.token_ids = array("q", prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         self.max_num_tokens = max_num_tokens  # prompt and answer together end here
         self.stop_token_ids = stop_token_ids  # any of these ends the answer
         self.params = params
 
         self.status = Status.WAITING
         self.finish_reason: str | None = None
-        self.num_tokens = len(prompt_token_ids)
+        self.num_tokens = self.num_prompt_tokens
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None  # found in the prefix cache when first admitted
         self.num_in_flight = 0  # launched steps whose result has not arrived
@@ -77,11 +81,11 @@ class Sequence:
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        return self.token_ids[: self.num_prompt_tokens]
+        return self.token_ids[: self.num_prompt_tokens].tolist()
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+        return self.token_ids[self.num_prompt_tokens :].tolist()
 
     def __repr__(self) -> str:
         return (

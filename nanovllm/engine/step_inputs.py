@@ -5,6 +5,7 @@ over a pipe in theirs. Sequences that run have a *row* each in its tables of wha
 sampling settings. So only what is new is told: the settings of those who were admitted, and the blocks that were added.
 """
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +53,7 @@ class InputCollector:
         rows: list[int] = []  # of blocks that are new: whose, where in its block table, and which
         places: list[int] = []
         blocks: list[int] = []
-        token_ids: list[int] = []
+        token_ids = array("q")
         for s in scheduled:
             row, block_table = s.seq.row, s.seq.block_table
             told = self.num_told_blocks[row]
@@ -80,5 +81,5 @@ class InputCollector:
             context_lens=starts + num_new,
             owner=owner,
             positions=np.arange(len(owner)) - (ends - num_new)[owner] + starts[owner],
-            input_ids=np.array(token_ids, np.int64),
+            input_ids=np.frombuffer(token_ids, np.int64),
         )

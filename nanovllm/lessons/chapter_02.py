@@ -100,7 +100,7 @@ def alone(call: AttentionCall, i: int) -> AttentionCall:
         query_start=context.query_start[:2],
         context_lens=context.context_lens[here],
         block_tables=context.block_tables[here],
-        slot_mapping=context.slot_mapping[here],
+        slot_mapping=None,  # its keys and values are there already
         plan=None,
     )
     query, key, value, output = (t[here] for t in (call.query, call.key, call.value, call.output))

@@ -23,7 +23,8 @@ class Context:
     query_start: torch.Tensor  # [num_seqs + 1] int32: where each sequence's new tokens start, and the last one's end
     context_lens: torch.Tensor  # [num_seqs] int32: tokens each sequence can look back on, its new ones included
     block_tables: torch.Tensor  # [num_seqs, max_blocks] int32: physical block of each logical block; rest is padding
-    slot_mapping: torch.Tensor  # [num_tokens] int64: where each new token's K/V goes, block * block_size + offset
+    # [num_tokens] int64: where each new token's K/V goes, block * block_size + offset. None for those who only attend.
+    slot_mapping: torch.Tensor | None = None
     plan: Any = None  # what the attention backend derives from the above, once a step, for all layers
 
 
