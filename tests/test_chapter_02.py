@@ -1,5 +1,6 @@
 """What chapter 02 shares: the look into attention, the maps of slots, the exercise checks on wrong answers."""
 
+import json
 import random
 
 import pytest
@@ -23,6 +24,7 @@ from nanovllm.lessons.chapter_02 import (
     watch_attention,
     what_programs_read,
 )
+from nanovllm.lessons.record import RECORDINGS
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.lessons.tiny import tiny_llm
 from tests.test_notebooks import check_told, exercises, read
@@ -67,6 +69,27 @@ def test_what_programs_read():
     assert what_programs_read(call, reads, "EF") == {(0, 0, 1): ("E", range(16, 20)), (0, 1, 0): ("F", range(5))}
     with pytest.raises(AssertionError):
         what_programs_read(call, {(0, 0, 0): [first * 16, other * 16]}, "EF")
+
+
+def test_what_the_kernel_is_worth_on_a_gpu():
+    """The figures of the text are those of the recording, and of docs/performance.md."""
+    bench = {r["measurement"]: r for r in json.loads((RECORDINGS / "07_benchmark.json").read_text())["records"]}
+    decode = 1000 * bench["decode step, batch 256"]["by_kind_ms"]["attention"] / 28
+    floor = 2 * 256 * 1024 * 8 * 128 * 2 / bench["copy, read and written"]["value"] / 1000
+    one, many = (bench[f"prefill attention, triton, {size}"]["value"] for size in ("1 x 8192", "16 x 1024"))
+    seconds = 4 * 8192 * 8193 / 2 * 16 * 128 / one / 1e12
+    product = bench["matrix product"]["value"]
+    text = " ".join(next(cell.source for cell in read(CHAPTER).cells if cell.id == "deeper-source-end").split())
+    for said in (
+        f"takes {decode:.0f} µs, inside a step",
+        f"the other half, {floor:.0f} µs would do",
+        f"takes {1e6 * seconds:.0f} µs. That is {one:.0f} TFLOP/s",
+        f"a large matrix product reaches {product:.0f}.",
+        f"our kernel reaches {many:.0f} TFLOP/s",
+    ):
+        assert said in text
+    measured = (NOTEBOOKS.parent / "docs/performance.md").read_text()
+    assert "665 instead of 747 for one prompt" in measured and "385 TFLOP/s with 16 × 1,024 tokens" in measured
 
 
 def test_a_box_is_drawn_for_each_program():

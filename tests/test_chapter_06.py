@@ -211,6 +211,24 @@ WRONG = [
         "    return x", "everybody is stuck"),
     (2, "def all_reduce_fast(rank, x):\n"
         "    return 7", "not a tensor"),
+    (2, "def all_reduce_fast(rank, x):  # up a tree to rank 0, and back down\n"
+        "    bits = [2**i for i in range(rank.size.bit_length() - 1)]\n"
+        "    mine = next((i for i, bit in enumerate(bits) if rank.number & bit), len(bits))\n"
+        "    for bit in bits[:mine]:\n"
+        "        x = x + rank.receive(rank.number + bit)\n"
+        "    if rank.number:\n"
+        "        rank.send(rank.number - bits[mine], x)\n"
+        "        x = rank.receive(rank.number - bits[mine])\n"
+        "    for bit in bits[:mine]:\n"
+        "        rank.send(rank.number + bit, x)\n"
+        "    return x", "2 messages come one after the other. 1 would do"),
+    (2, "def all_reduce_fast(rank, x):  # not in pairs: everybody sends ahead\n"
+        "    distance = 1\n"
+        "    while distance < rank.size:\n"
+        "        rank.send((rank.number + distance) % rank.size, x)\n"
+        "        x = x + rank.receive((rank.number - distance) % rank.size)\n"
+        "        distance *= 2\n"
+        "    return x", "differ in their last bits"),
     (3, "def kv_heads_of(rank, size, num_heads, num_kv_heads):\n"
         "    each = num_kv_heads // size\n"
         "    return list(range(rank * each, (rank + 1) * each))", "when there are too few, they are copied"),
@@ -253,6 +271,10 @@ def test_other_right_answers():
         3: "from nanovllm.utils.ranks import Ranks\n"
         "def kv_heads_of(rank, size, num_heads, num_kv_heads):\n"
         "    return Ranks(rank, size).share(num_kv_heads)",
+        4: "def top_k(ranks, k):\n"
+        "    logits = [logit for rank in ranks for logit in rank.topk(k)[0]]\n"
+        "    tokens = [rank.start + place for rank in ranks for place in rank.topk(k)[1]]  # asked twice\n"
+        "    return [token for _, token in sorted(zip(logits, tokens), reverse=True)[:k]]",
     }
     for number, answer in right.items():
         for seed in range(5):

@@ -230,31 +230,34 @@ class NoMessage(Exception):
 
 
 class Peer:
-    """A rank of a check: it can send to every other one. It counts what it does."""
+    """A rank of a check: it can send to every other one. It counts what it sends, and what it waits for in a row."""
 
-    def __init__(self, number: int, boxes: dict[tuple[int, int], "Queue[torch.Tensor]"], size: int) -> None:
+    def __init__(self, number: int, boxes: dict[tuple[int, int], "Queue[tuple[int, torch.Tensor]]"], size: int) -> None:
         self.number, self.size = number, size
         self._boxes = boxes
         self.num_sent = 0
+        self.num_in_a_row = 0  # messages of which each was sent when the one before had arrived, here or elsewhere
 
     def send(self, to: int, tensor: torch.Tensor) -> None:
         """Send a copy to rank `to`."""
         if to == self.number or not 0 <= to < self.size:
             raise ValueError(f"rank {self.number} of {self.size} sends to rank {to}")
         self.num_sent += 1
-        self._boxes[self.number, to].put(tensor.clone())
+        self._boxes[self.number, to].put((self.num_in_a_row, tensor.clone()))
 
     def receive(self, sender: int) -> torch.Tensor:
         """Wait for the next message from rank `sender`."""
         try:
-            return self._boxes[sender, self.number].get(timeout=PATIENCE)
+            before, tensor = self._boxes[sender, self.number].get(timeout=PATIENCE)
         except (Empty, KeyError):
             raise NoMessage(f"rank {self.number} waits for a message from rank {sender}, and none comes") from None
+        self.num_in_a_row = max(self.num_in_a_row, before + 1)
+        return tensor
 
 
 def on_peers(size: int, program: Callable[[Peer], Any]) -> tuple[list[Peer], list[Any]]:
     """Run a program on every rank, each in a thread of its own."""
-    boxes: dict[tuple[int, int], Queue[torch.Tensor]] = {
+    boxes: dict[tuple[int, int], Queue[tuple[int, torch.Tensor]]] = {
         (a, b): Queue() for a in range(size) for b in range(size) if a != b
     }
     peers = [Peer(number, boxes, size) for number in range(size)]
@@ -328,7 +331,7 @@ def check_doubling(answer: Callable[..., Any], random: random.Random) -> Iterato
         if results[0] is None or results[0] is ...:
             raise NotAttempted
         rounds = size.bit_length() - 1
-        most = max(peer.num_sent for peer in peers)
+        most, in_a_row = max(peer.num_sent for peer in peers), max(peer.num_in_a_row for peer in peers)
         for rank, result in enumerate(results):
             if not isinstance(result, torch.Tensor) or result.shape != right.shape:
                 yield f"with {size} ranks, rank {rank} returns {result!r}, and not a tensor like the one it was given."
@@ -341,6 +344,19 @@ def check_doubling(answer: Callable[..., Any], random: random.Random) -> Iterato
             yield (
                 f"with {size} ranks, the sum is right, but a rank sends {most} messages. {rounds} are enough: in every "
                 "round, each rank knows the sum of twice as many."
+            )
+        elif in_a_row > rounds:
+            yield (
+                f"with {size} ranks, the sum is right, but {in_a_row} messages come one after the other. {rounds} would "
+                "do, if in every round all ranks come to know the sum of twice as many, and not only some."
+            )
+        fractions = torch.tensor([[random.random() for _ in range(100)] for _ in range(size)])  # their order matters
+        results = on_peers(size, lambda peer: answer(peer, fractions[peer.number].clone()))[1]
+        other = next((rank for rank, result in enumerate(results) if not torch.equal(result, results[0])), None)
+        if other is not None:
+            yield (
+                f"with {size} ranks, ranks 0 and {other} end with sums that differ in their last bits: they have added "
+                "in different orders. Two ranks that swap add the same two tensors."
             )
 
 
@@ -392,14 +408,14 @@ class VocabularyRank:
 
     def __init__(self, start: int, logits: torch.Tensor) -> None:
         self.start, self._logits = start, logits
-        self.num_told = 0
+        self.num_told = 0  # at most, in one call: who asks for more and more hears the same ones again
 
     def __len__(self) -> int:
         return len(self._logits)
 
     def topk(self, k: int) -> tuple[list[float], list[int]]:
         """The `k` highest logits, highest first, and where they stand *in this rank's part*."""
-        self.num_told += k
+        self.num_told = max(self.num_told, k)
         values, places = self._logits.topk(k)
         return values.tolist(), places.tolist()
 
