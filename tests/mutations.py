@@ -149,8 +149,8 @@ FAULTS = [
         "slot-before-boundary",
         "the first token of a block is stored in the block before it",
         "engine/model_runner.py",
-        "block_tables[inputs.owner, positions // self.block_size]",
-        "block_tables[inputs.owner, np.maximum(positions - 1, 0) // self.block_size]",
+        "block_tables[rows, positions // self.block_size]",
+        "block_tables[rows, np.maximum(positions - 1, 0) // self.block_size]",
     ),
     Fault(
         "mask-one-ahead",

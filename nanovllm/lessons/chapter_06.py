@@ -347,10 +347,11 @@ def check_doubling(answer: Callable[..., Any], random: random.Random) -> Iterato
             )
         elif in_a_row > rounds:
             yield (
-                f"with {size} ranks, the sum is right, but {in_a_row} messages come one after the other. {rounds} would "
-                "do, if in every round all ranks come to know the sum of twice as many, and not only some."
+                f"with {size} ranks, the sum is right, but {in_a_row} messages come one after the other. {rounds} "
+                "would do, if in every round all ranks come to know the sum of twice as many, and not only some."
             )
-        fractions = torch.tensor([[random.random() for _ in range(100)] for _ in range(size)])  # their order matters
+        # Their sums depend on the order.
+        fractions = torch.tensor([[random.random() for _ in range(100)] for _ in range(size)])
         results = on_peers(size, lambda peer: answer(peer, fractions[peer.number].clone()))[1]
         other = next((rank for rank, result in enumerate(results) if not torch.equal(result, results[0])), None)
         if other is not None:
