@@ -147,9 +147,9 @@ class LLM:
             while finish_reason is None:
                 if not request.seq.is_finished:  # the steps of another call may have brought it to its end
                     self._step()
-                answer = request.output()
-                finish_reason = answer["finish_reason"]
-                text, token_ids = answer["text"][num_chars:], answer["token_ids"][num_tokens:]
+                seq, text = request.seq, request.text[num_chars:]
+                finish_reason = seq.finish_reason
+                token_ids = seq.token_ids[seq.num_prompt_tokens + num_tokens :].tolist()
                 num_chars, num_tokens = num_chars + len(text), num_tokens + len(token_ids)
                 if token_ids or finish_reason:
                     yield {"text": text, "token_ids": token_ids, "finish_reason": finish_reason}
