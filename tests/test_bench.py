@@ -20,7 +20,7 @@ from nanovllm.bench.report import Report
 from nanovllm.bench.serving import Workload
 from nanovllm.bench.timing import best_of, stopwatch, watch_others
 from nanovllm.layers.linear import Linear
-from nanovllm.lessons.record import RECORDINGS
+from nanovllm.lessons.record import stored
 
 SMALL = Size(
     dtypes=("float32",),
@@ -306,7 +306,7 @@ def test_floors_count_what_a_step_must_do(tmp_path):
 @pytest.mark.parametrize("n", [1, 256])
 def test_what_the_kernels_of_a_step_are_for(n):
     """The kernels of a real step: 28 layers with four products and the head, attention in two kernels, two norms."""
-    run = json.loads((RECORDINGS / "05_decode_step.json").read_text())["timelines"][f"graph, batch {n}"]
+    run = stored("05_decode_step")["timelines"][f"graph, batch {n}"]
     kinds = Counter(kind_of(run["names"][kernel[0]]) for kernel in run["kernels"])
     assert kinds["attention"] == 2 * 28 and kinds["sums and norms"] == 2 * 28 + 1 and kinds["sampler"] == 2
     assert kinds["QK norms and rotation"] == kinds["activation"] == kinds["storing keys and values"] == 28

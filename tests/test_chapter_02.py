@@ -1,6 +1,5 @@
 """What chapter 02 shares: the look into attention, the maps of slots, the exercise checks on wrong answers."""
 
-import json
 import random
 
 import pytest
@@ -24,7 +23,6 @@ from nanovllm.lessons.chapter_02 import (
     watch_attention,
     what_programs_read,
 )
-from nanovllm.lessons.record import RECORDINGS
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.lessons.tiny import tiny_llm
 from tests.test_notebooks import check_told, exercises, read
@@ -71,14 +69,13 @@ def test_what_programs_read():
         what_programs_read(call, {(0, 0, 0): [first * 16, other * 16]}, "EF")
 
 
-def test_what_the_kernel_is_worth_on_a_gpu():
+def test_what_the_kernel_is_worth_on_a_gpu(benchmark):
     """The figures of the text are those of the recording, and of docs/performance.md."""
-    bench = {r["measurement"]: r for r in json.loads((RECORDINGS / "07_benchmark.json").read_text())["records"]}
-    decode = 1000 * bench["decode step, batch 256"]["by_kind_ms"]["attention"] / 28
-    floor = 2 * 256 * 1024 * 8 * 128 * 2 / bench["copy, read and written"]["value"] / 1000
-    one, many = (bench[f"prefill attention, triton, {size}"]["value"] for size in ("1 x 8192", "16 x 1024"))
+    decode = 1000 * benchmark["decode step, batch 256"]["by_kind_ms"]["attention"] / 28
+    floor = 2 * 256 * 1024 * 8 * 128 * 2 / benchmark["copy, read and written"]["value"] / 1000
+    one, many = (benchmark[f"prefill attention, triton, {size}"]["value"] for size in ("1 x 8192", "16 x 1024"))
     seconds = 4 * 8192 * 8193 / 2 * 16 * 128 / one / 1e12
-    product = bench["matrix product"]["value"]
+    product = benchmark["matrix product"]["value"]
     text = " ".join(next(cell.source for cell in read(CHAPTER).cells if cell.id == "deeper-source-end").split())
     for said in (
         f"takes {decode:.0f} µs, inside a step",

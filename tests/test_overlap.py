@@ -29,10 +29,10 @@ def overlapping(path, **settings) -> LLM:
         last_tokens.update(zip(rows, step.tokens(), strict=True))
         return step
 
-    def knowing_prepare(tokens):
+    def knowing_prepare(tokens, slot_mapping):
         for i in (tokens.input_ids < 0).nonzero()[0]:
             tokens.input_ids[i] = last_tokens[tokens.rows[tokens.owner[i]]]
-        return prepare(tokens)
+        return prepare(tokens, slot_mapping)
 
     runner.launch, runner.prepare = remembering_launch, knowing_prepare
     llm.engine.overlap = Overlap(llm.engine)

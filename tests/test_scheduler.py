@@ -4,6 +4,7 @@ In the scenes a block has four tokens, and a prompt is written with a letter for
 written as `(id, first token, number of tokens)` for each sequence in it.
 """
 
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from random import Random
@@ -11,7 +12,7 @@ from random import Random
 import pytest
 
 from nanovllm.engine import block_manager
-from nanovllm.engine.block_manager import hash_block, packed
+from nanovllm.engine.block_manager import hash_block
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence, Status
 from nanovllm.sampling_params import SamplingParams
@@ -625,7 +626,7 @@ class Run:
                 if block.serial not in self.contents:
                     assert GARBAGE not in slots, "what a failed step left is in the cache"
                     origins = [self.machine.origins[slot] for slot in slots]
-                    assert packed([token_id for _, token_id in origins]) == block.tokens
+                    assert array("q", [token_id for _, token_id in origins]).tobytes() == block.tokens
                     assert [before for before, _ in origins][1:] == slots[:-1]
                     assert self.ends.setdefault(block.parent, origins[0][0]) == origins[0][0]
                     assert self.ends.setdefault(block.serial, slots[-1]) == slots[-1]

@@ -205,10 +205,11 @@ class StepGraphs:
         return self.token_ids[:num_sampled].clone()
 
     def fill(self, bucket: int, buffer: torch.Tensor, inputs: list[np.ndarray], padding: list[int]) -> None:
-        """Write `inputs`, `[n]` each, where a bucket's graph reads them, and behind each its kind of `padding`."""
+        """Write `inputs`, `[n]` int64 each, where a bucket's graph reads them, behind each its kind of `padding`."""
         padded = np.empty((len(inputs), bucket), np.int64)
         for row, numbers, rest in zip(padded, inputs, padding, strict=True):
-            row[: len(numbers)], row[len(numbers) :] = numbers, rest
+            row[: len(numbers)] = numbers
+            row[len(numbers) :] = rest
         buffer[: padded.size].copy_(pinned(padded.ravel()), non_blocking=True)
 
     def add_blocks(self, rows: np.ndarray, places: np.ndarray, blocks: np.ndarray) -> None:

@@ -229,8 +229,7 @@ class ModelRunner:
         bucket = None if self.graphs is None else bucket_of(num_tokens, in_pieces)
         rows = inputs.rows[inputs.owner]  # [num_tokens]
         if self.graphs is None or bucket is None:
-            context = self.prepare(inputs)
-            context.slot_mapping = self.to_device(self.slots_of(inputs.positions, rows))
+            context = self.prepare(inputs, self.to_device(self.slots_of(inputs.positions, rows)))
             input_ids, positions = self.to_device(inputs.input_ids), self.to_device(inputs.positions)
             if self.graphs is not None:
                 input_ids = self.graphs.known(input_ids, self.to_device(rows))
@@ -265,8 +264,8 @@ class ModelRunner:
         if self.graphs is not None and len(blocks):
             self.graphs.add_blocks(rows, places, blocks)
 
-    def prepare(self, inputs: StepInputs) -> Context:
-        """What attention must know, as tensors."""
+    def prepare(self, inputs: StepInputs, slot_mapping: torch.Tensor | None = None) -> Context:
+        """What attention must know, as tensors. It stores keys and values only if it is told where."""
         num_blocks = -(-inputs.context_lens.max() // self.block_size)  # of the longest
         return Context(
             block_size=self.block_size,
@@ -274,6 +273,7 @@ class ModelRunner:
             query_start=self.to_device(np.concatenate([[0], inputs.ends]).astype(np.int32)),
             context_lens=self.to_device(inputs.context_lens.astype(np.int32)),
             block_tables=self.to_device(self.block_tables[inputs.rows, :num_blocks]),
+            slot_mapping=slot_mapping,
         )
 
     def slots_of(self, positions: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -229,10 +229,13 @@ class NoMessage(Exception):
     """A rank waited for a message that never came."""
 
 
+Boxes = dict[tuple[int, int], "Queue[tuple[int, torch.Tensor]]"]  # by sender and receiver: what is on its way
+
+
 class Peer:
     """A rank of a check: it can send to every other one. It counts what it sends, and what it waits for in a row."""
 
-    def __init__(self, number: int, boxes: dict[tuple[int, int], "Queue[tuple[int, torch.Tensor]]"], size: int) -> None:
+    def __init__(self, number: int, boxes: Boxes, size: int) -> None:
         self.number, self.size = number, size
         self._boxes = boxes
         self.num_sent = 0
@@ -257,9 +260,7 @@ class Peer:
 
 def on_peers(size: int, program: Callable[[Peer], Any]) -> tuple[list[Peer], list[Any]]:
     """Run a program on every rank, each in a thread of its own."""
-    boxes: dict[tuple[int, int], Queue[tuple[int, torch.Tensor]]] = {
-        (a, b): Queue() for a in range(size) for b in range(size) if a != b
-    }
+    boxes: Boxes = {(a, b): Queue() for a in range(size) for b in range(size) if a != b}
     peers = [Peer(number, boxes, size) for number in range(size)]
     with ThreadPoolExecutor(size) as pool:
         return peers, list(pool.map(program, peers))
