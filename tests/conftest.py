@@ -29,7 +29,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nanovllm.lessons.record import stored
 from nanovllm.utils.hub import resolve_model
 
 SIZES = dict(
@@ -165,12 +164,6 @@ def tiny_llama_path(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def model_path(tiny_qwen3_path) -> Path:
     return tiny_qwen3_path
-
-
-@pytest.fixture(scope="session")
-def benchmark() -> dict[str, dict[str, Any]]:
-    """The benchmark's records in the repository, by what they measure."""
-    return {record["measurement"]: record for record in stored("07_benchmark")["records"]}
 
 
 @pytest.fixture(scope="session")

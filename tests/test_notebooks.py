@@ -13,6 +13,7 @@ import pytest
 from nanovllm.lessons.checks import Verdict
 from nanovllm.lessons.guard import DEEPER, SKIP, problems
 from nanovllm.lessons.margins import margins_of
+from nanovllm.lessons.record import stored
 from nanovllm.lessons.series import CHAPTERS, GENERATED, NOTEBOOKS
 from tests.conftest import pytest_collection_modifyitems
 
@@ -89,6 +90,11 @@ def check_told(path: Path, number: int, answer: str, words: str) -> None:
     result = verdict(path, number, answer)
     assert result.attempted and not result.right
     assert repr(result).startswith(f"Exercise {number}: not yet. ") and words in repr(result)
+
+
+def recorded_benchmark() -> dict[str, dict]:
+    """The records of the benchmark in the repository, by what they measure."""
+    return {record["measurement"]: record for record in stored("07_benchmark")["records"]}
 
 
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?<!,)")
