@@ -29,7 +29,7 @@ class Config:
         max_model_len: longest sequence in tokens, prompt and answer together. None is the model's own limit, or what
             the KV cache can hold if that is less.
         max_num_seqs: sequences that run at the same time.
-        max_num_batched_tokens: the token budget of a step, 65,536 at most. A longer prompt is computed in several
+        max_num_batched_tokens: the token budget of a step, 65,535 at most. A longer prompt is computed in several
             steps.
 
     Where keys and values live:
@@ -72,7 +72,7 @@ class Config:
             setattr(self, name, check_int(name, getattr(self, name), at_least=1))
         # More could make more tiles of attention than a GPU's grid has places for on one axis.
         self.max_num_batched_tokens = check_int(
-            "max_num_batched_tokens", self.max_num_batched_tokens, at_least=1, at_most=2**16
+            "max_num_batched_tokens", self.max_num_batched_tokens, at_least=1, at_most=2**16 - 1
         )
         # Each has a row in tables that are made at the start: more would be a slip, and an error of the memory's.
         self.max_num_seqs = check_int("max_num_seqs", self.max_num_seqs, at_least=1, at_most=2**20)

@@ -15,6 +15,8 @@ from nanovllm.engine.llm_engine import LLMEngine, Request
 from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.trace import Trace
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.checks import check_text
+from nanovllm.utils.interrupts import uninterrupted
 
 Prompt = str | list[int]
 Message = dict[str, str]
@@ -75,9 +77,10 @@ class LLM:
         requests = self._make_requests([prompts] if isinstance(prompts, str) else prompts, sampling_params)
         pending = set(requests)
         with self._awaiting(requests), Progress(len(requests), disable=not use_tqdm) as progress:
-            for i, request in enumerate(requests):
-                with errors_of(f"prompt {i}"):
-                    self.engine.enqueue(request)
+            with uninterrupted():
+                for i, request in enumerate(requests):
+                    with errors_of(f"prompt {i}"):
+                        self.engine.enqueue(request)
             while pending:
                 start = perf_counter()
                 batch, all_finished = self._step()
@@ -126,7 +129,8 @@ class LLM:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:  # "roles must alternate", say
             raise ValueError(f"the model's chat template refuses the messages: {error}") from error
-        return tokenizer.encode(text, add_special_tokens=False)  # the template has written them already
+        # Special tokens the template has written already.
+        return tokenizer.encode(check_text("the conversation", str(text)), add_special_tokens=False)
 
     # -- Piece by piece ------------------------------------------------------------------------------------------------
 
@@ -140,10 +144,11 @@ class LLM:
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[dict[str, Any]]:
-        self.engine.enqueue(request)
         num_chars = num_tokens = 0
         finish_reason = None
         with self._awaiting([request]):
+            with uninterrupted():
+                self.engine.enqueue(request)
             while finish_reason is None:
                 if not request.seq.is_finished:  # the steps of another call may have brought it to its end
                     self._step()
@@ -158,7 +163,9 @@ class LLM:
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue a request and return its id; `step` makes it go. Raises TypeError or ValueError if it is wrong."""
-        return self.engine.enqueue(self.engine.make_request(prompt, sampling_params))
+        request = self.engine.make_request(prompt, sampling_params)
+        with uninterrupted():
+            return self.engine.enqueue(request)
 
     def step(self) -> list[dict[str, Any]]:
         """Make one step for all requests; returns the answers of those that finished."""
@@ -246,10 +253,7 @@ class LLM:
         finally:
             self._awaited.difference_update(requests)
             if self._engine is not None:  # closed, and they are gone with it
-                self._engine.finished = [request for request in self._engine.finished if request not in requests]
-                for request in requests:
-                    if request.seq.id in self._engine.requests:
-                        self._engine.abort(request.seq.id)
+                self._engine.abandon(requests)
 
 
 @contextmanager

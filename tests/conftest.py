@@ -115,15 +115,27 @@ def alarms(error: BaseException) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def interrupted(method: Callable[..., Any], call_number: int = 1) -> Callable[..., Any]:
-    """`method`; in the midst of one of its calls an alarm goes off."""
+def interrupted(method: Callable[..., Any], call_number: int = 1, signum: int = signal.SIGALRM) -> Callable[..., Any]:
+    """`method`; at the end of one of its calls a signal comes, an alarm if nothing else is said."""
     numbers = count(1)
 
     def call(*args: Any) -> Any:
         result = method(*args)
         if next(numbers) == call_number:
-            signal.raise_signal(signal.SIGALRM)
+            signal.raise_signal(signum)
         return result
+
+    return call
+
+
+def collecting_once(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method`; before its first call Python's garbage collector runs, as it may anywhere."""
+    calls = []
+
+    def call(*args: Any) -> Any:
+        if not calls:
+            calls.append(gc.collect())
+        return method(*args)
 
     return call
 

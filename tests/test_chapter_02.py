@@ -194,7 +194,7 @@ def test_what_reserving_costs_on_the_benchmark():
     exec(exercises(CHAPTER)[4][1], namespace)
     num_steps = {Scheduler: 0, namespace["Reserving"]: 0}
     for policy in num_steps:
-        scheduler = policy(Config(max_num_batched_tokens=65_536), BlockManager(4096, 16, enable_prefix_caching=False))
+        scheduler = policy(Config(max_num_batched_tokens=65_535), BlockManager(4096, 16, enable_prefix_caching=False))
         for i, (prompt_len, answer_len) in enumerate(lengths):
             scheduler.add(make_sequence(i, prompt_len, answer_len))
         while scheduler.has_work():

@@ -10,6 +10,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.lessons.chapter_03 import (
     CacheAware,
+    admit,
     draw_differences,
     draw_turns,
     make_sequence,
@@ -24,7 +25,7 @@ from nanovllm.lessons.chapter_03 import (
 from nanovllm.lessons.series import NOTEBOOKS
 from nanovllm.lessons.tiny import tiny_llm
 from nanovllm.viz.frames import Frames
-from tests.test_notebooks import check_told, read
+from tests.test_notebooks import check_told, read, verdict
 
 CHAPTER = NOTEBOOKS / "03_prefix_caching.ipynb"
 
@@ -40,6 +41,7 @@ def chapter() -> dict:
     for id, upto in (
         ("chain", "greedy ="),
         ("sharing-class", "print("),
+        ("sharing", "cache ="),
         ("evict-class", "cache ="),
         ("replay", "print("),
     ):
@@ -61,6 +63,38 @@ def test_the_readers_cache_is_the_engines_on_random_runs(chapter, seed):
         llm.generate(prompts, params, use_tqdm=False)
     llm.close()
     chapter["replay"](trace)
+
+
+def test_where_the_readers_cache_and_the_engine_part(chapter):
+    """A repeated prompt goes on behind a block that is not entered: its child is kept when the parent is evicted."""
+    mine, engine, seqs = chapter["PrefixCache"](8, 4), BlockManager(8, 4), {}
+
+    def comes(name, tokens):
+        seqs[name] = make_sequence(0, tokens)
+        chapter["admit"](mine, name, tokens)
+        admit(engine, seqs[name])
+
+    def goes(name):
+        mine.release(name)
+        engine.release(seqs[name])
+
+    prompt, answer = list(range(10, 18)), [20, 21, 22, 23]
+    comes("first", prompt)
+    goes("first")
+    comes("again", prompt)  # finds its first block, computes the second once more, and goes on behind it
+    mine.grow("again", 12)
+    mine.enter("again", prompt + answer, 8)
+    seqs["again"].token_ids.extend(answer)
+    assert engine.allocate(seqs["again"], 12)
+    engine.fill(seqs["again"], 4)
+    comes("stranger", list(range(50, 70)))  # takes the place of the first one's second block
+    goes("stranger")
+    goes("again")
+    comes("third", prompt)
+    goes("third")
+    hits = mine.look_up([*prompt, *answer, 30])
+    found = engine.find(make_sequence(0, [*prompt, *answer, 30]))
+    assert found == hits[:2] and len(hits) == 3
 
 
 # -- What the chapter draws and counts ---------------------------------------------------------------------------------
@@ -169,6 +203,8 @@ WRONG = [
         "    return num_tokens - num_shared // block_size * block_size", "the last token is always computed"),
     (1, "def tokens_to_compute(num_tokens, num_shared, block_size):\n"
         "    return max(1, num_tokens - num_shared // block_size * block_size)", "the engine computes 16 tokens"),
+    (1, "def tokens_to_compute(num_tokens, num_shared, block_size):\n"
+        "    return num_tokens - max(num_shared - 1, 0) // block_size * block_size", "not the last of those they share"),
     (2, "def holds(block, parent, tokens):\n"
         "    return True", "gets the block of the tokens"),
     (2, "def holds(block, parent, tokens):\n"
@@ -187,6 +223,9 @@ WRONG = [
         "    return times.index(min(times))", "return None then"),
     (3, "def spy(wait, candidates):\n"
         "    return min(candidates, key=wait)", "return its index"),
+    (3, "def spy(wait, candidates):\n"
+        "    times = [wait(prompt) for prompt in candidates]\n"
+        "    return None if times[0] > max(times[1:]) else times.index(min(times))", "none of the five"),
     (3, "def spy(wait, candidates):\n"
         "    return None", "Which one is faster than all others?"),
     (4, "class CacheAware(Scheduler):\n"
@@ -213,6 +252,11 @@ WRONG = [
         "        return super().schedule()", "are never answered"),
     (4, "CacheAware = 3", "Give the class"),
 ]  # fmt: skip
+
+
+def test_who_says_no_with_none_is_right():
+    answer = "def holds(block, parent, tokens):\n    if (block.parent, block.tokens) == (parent, tokens):\n"
+    assert verdict(CHAPTER, 2, answer + "        return True").right
 
 
 @pytest.mark.parametrize(("number", "answer", "words"), WRONG)

@@ -106,6 +106,9 @@ WRONG = [
         "    steps = [s.index for s in trace.steps if request in s.sampled]\n"
         "    return steps[-1] - steps[0]", "Which *two* are furthest apart"),
     (1, "def longest_pause(trace, request):\n"
+        "    runs = (s.index for s in trace.steps if request in [share.id for share in s.scheduled])\n"
+        "    return max(b - a for a, b in pairwise(runs))", "steps lie between two of them"),
+    (1, "def longest_pause(trace, request):\n"
         "    return 10_000", "you return 10000"),
     (2, "def largest_budget(target, fixed, per_token):\n"
         "    return target // per_token", "The fixed part comes with every step"),
@@ -134,6 +137,7 @@ WRONG = [
     (4, AGEING.format(key="self.since[seq.id]"), "the short ones gain nothing"),
     (4, AGEING.format(key="-seq.max_num_tokens"), "Waiting must count"),
     (4, AGEING.format(key="seq.num_tokens - (self.now - self.since[seq.id])"), "Do short answers go first"),
+    (4, AGEING.format(key="seq.params.max_tokens - (self.now - self.since[seq.id])"), "Do short prompts go first"),
     (4, "class Ageing(Scheduler):\n"
         "    pass", "Do short ones go first"),
     (4, "Ageing = 3", "Give the class"),

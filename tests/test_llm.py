@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -28,7 +29,7 @@ from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils.loader import build_model
-from tests.conftest import Panic, alarms, collector_off, failing_once, interrupted
+from tests.conftest import Panic, alarms, collecting_once, collector_off, failing_once, interrupted
 from tests.scheduling import Slips
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -309,6 +310,7 @@ GOOD_MESSAGE = {"role": "user", "content": "Hi"}
         ([[GOOD_MESSAGE], 3], TypeError, "conversation 1: a conversation must be a list of dicts"),
         ([[GOOD_MESSAGE], [{"content": "Hi"}]], ValueError, r"conversation 1: messages\[0\] must be a dict"),
         ([[GOOD_MESSAGE], []], ValueError, "conversation 1: messages is empty"),
+        ([{"role": "user", "content": "a\ud800"}], ValueError, r"the conversation has half a character, '\\ud800'"),
         ([GOOD_MESSAGE, GOOD_MESSAGE], ValueError, "the model's chat template refuses the messages: take turns"),
     ],
 )
@@ -480,7 +482,7 @@ def test_bad_request(llm, case):
         ({"gpu_memory_utilization": 1.5}, ValueError, "gpu_memory_utilization must be above 0 and at most 1, not 1.5"),
         ({"dtype": "float8"}, ValueError, "dtype must be one of .*'bfloat16'"),
         ({"dtype": torch.float32}, TypeError, "dtype must be one of"),
-        ({"max_num_batched_tokens": 65_537}, ValueError, "max_num_batched_tokens must be at most 65536, not 65537"),
+        ({"max_num_batched_tokens": 65_536}, ValueError, "max_num_batched_tokens must be at most 65535, not 65536"),
         ({"load_format": "pt"}, ValueError, "load_format must be one of 'auto', 'dummy'"),
         ({"attention_backend": "tritonn"}, ValueError, "attention_backend must be one of"),
         ({"attention_backend": "flash_attn", "device": "cpu"}, ValueError, "needs an NVIDIA GPU; on a CPU use 'torch'"),
@@ -601,6 +603,91 @@ def test_trap_old_requests_linger_when_a_cell_is_interrupted_and_run_again(llm):
     while llm.has_unfinished_requests():
         llm.step()
     assert generate(llm, ["Hello"])[0]["token_ids"] == expected[0]["token_ids"]
+
+
+@pytest.mark.parametrize("call_number", [1, 2, 3])
+@pytest.mark.parametrize("by", ["generate", "stream"])
+def test_an_interrupt_while_requests_are_queued_leaves_none(llm, monkeypatch, by, call_number):
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.scheduler, "add", interrupted(llm.engine.scheduler.add, call_number, signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm, ["Hello"] * 3) if by == "generate" else [list(llm.stream("Hello", GREEDY)) for _ in range(3)]
+    assert_idle(llm)
+
+
+def test_an_interrupt_while_a_request_is_added_by_hand(llm, monkeypatch):
+    """Its id is lost, but not the request: whoever steps gets its answer."""
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.scheduler, "add", interrupted(llm.engine.scheduler.add, 1, signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            llm.add_request("Hello", GREEDY)
+    assert [request.seq for request in llm.engine.requests.values()] == list(llm.engine.scheduler.waiting)
+    while llm.has_unfinished_requests():
+        llm.step()
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("call_number", [1, 2])
+def test_a_second_interrupt_while_requests_are_aborted_leaves_none(llm, monkeypatch, call_number):
+    scheduler = llm.engine.scheduler
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "update", interrupted(scheduler.update, 2, signal.SIGINT))
+        patch.setattr(scheduler, "finish", interrupted(scheduler.finish, call_number, signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm, ["Hello", "there", "you"])
+    assert_idle(llm)
+
+
+def test_an_alarm_at_the_end_of_a_step_does_not_make_it_fail(llm, monkeypatch):
+    """Its tokens have been taken in: nobody is computed again, and a trace tells of the step once."""
+    expected = generate(llm, ["Hello"])[0]["token_ids"]
+    llm.reset_prefix_cache()
+    llm.add_request("Hello", GREEDY)
+    with monkeypatch.context() as patch, alarms(SystemExit("time is up")), llm.trace() as trace:
+        patch.setattr(llm.engine.scheduler, "update", interrupted(llm.engine.scheduler.update, 2))
+        answers = []
+        while llm.has_unfinished_requests():
+            try:
+                answers += llm.step()
+            except SystemExit:
+                pass
+    assert [answer["token_ids"] for answer in answers] == [expected]
+    assert len(trace.steps) == 8 and not any(step.error for step in trace.steps)
+
+
+def abandoned_stream(llm, prompt, max_tokens):
+    """A stream that has begun, held by nobody but itself: Python's garbage collector ends it, wherever it runs next."""
+    cycle = [llm.stream(prompt, replace(GREEDY, max_tokens=max_tokens))]
+    cycle.append(cycle)
+    next(cycle[0])
+
+
+def test_a_stream_that_the_collector_ends_while_it_is_admitted_again(model_path, monkeypatch):
+    """It is aborted when the step is over; who waits behind it is not lost."""
+    prompts, params = [list(range(8)), [9, 9, 9]], replace(GREEDY, max_tokens=12)
+    expected = [answer["token_ids"] for answer in generate(LLM(model_path, dtype="float32"), prompts, params)]
+    llm = LLM(model_path, dtype="float32", num_kv_blocks=7, block_size=4, max_num_seqs=3)
+    ids = [llm.add_request(prompts[0], params)]
+    with collector_off():
+        abandoned_stream(llm, list(range(50, 58)), max_tokens=14)
+        while not llm.engine.scheduler.waiting:  # it is preempted
+            llm.step()
+        ids.append(llm.add_request(prompts[1], params))
+        monkeypatch.setattr(llm.engine.block_manager, "share", collecting_once(llm.engine.block_manager.share))
+        answers = {}
+        while llm.has_unfinished_requests():
+            answers |= {answer["request_id"]: answer["token_ids"] for answer in llm.step()}
+    assert answers == dict(zip(ids, expected))
+    assert_idle(llm)
+
+
+def test_a_stream_that_the_collector_ends_while_its_last_token_is_taken_in(llm, monkeypatch):
+    expected = generate(llm, ["Hello"])[0]["token_ids"]
+    with collector_off(), monkeypatch.context() as patch:
+        abandoned_stream(llm, "there", max_tokens=3)
+        patch.setattr(llm.engine.scheduler, "finish", collecting_once(llm.engine.scheduler.finish))
+        assert generate(llm, ["Hello"])[0]["token_ids"] == expected
+    assert_idle(llm)
 
 
 def test_an_interrupt_waits_for_the_end_of_the_step(llm, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.overlap import Overlap
-from tests.conftest import Panic, alarms, collector_off, failing_once, interrupted
+from tests.conftest import Panic, alarms, collecting_once, collector_off, failing_once, interrupted
 from tests.scheduling import Slips
 
 
@@ -257,6 +257,22 @@ def test_the_handler_of_a_signal_that_raises_harms_nobody(model_path, plain, mon
     ]
     tidy(llm)
     llm.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("name", ["schedule", "update", "finish"])
+def test_a_stream_that_the_collector_ends_in_the_midst_of_a_step(model_path, plain, monkeypatch, name):
+    prompts, params = [[1, 2, 3], list(range(40))], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    expected = [answer["token_ids"] for answer in plain.generate(prompts, params, use_tqdm=False)]
+    llm = overlapping(model_path)
+    with collector_off(), monkeypatch.context() as patch:
+        cycle = [llm.stream([7, 8, 9], replace(params, max_tokens=4))]
+        cycle.append(cycle)
+        next(cycle[0])
+        del cycle
+        patch.setattr(llm.engine.scheduler, name, collecting_once(getattr(llm.engine.scheduler, name)))
+        assert [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)] == expected
+        assert not llm.has_unfinished_requests(), "nobody is told of the stream's answer"
+    tidy(llm)
 
 
 def test_an_engine_goes_when_nobody_holds_it(model_path):

@@ -2,7 +2,9 @@
 
 import logging
 import secrets
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -26,7 +28,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checkpoint import load_eos_token_ids, load_hf_config, load_tokenizer
 from nanovllm.utils.checks import check_int, check_text
 from nanovllm.utils.hub import resolve_model
-from nanovllm.utils.interrupts import interrupts_deferred, signals_deferred
+from nanovllm.utils.interrupts import interrupts_deferred, signals_deferred, uninterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,8 @@ class LLMEngine:
         self.requests: dict[int, Request] = {}  # those that are not finished
         self.finished: list[Request] = []  # those that are, and that nobody has been told of yet
         self.recorders: list[Recorder] = []  # one for each open trace
+        self.is_stepping = False
+        self.abandoned: list[Request] = []  # see `abandon`
         self.num_steps = 0
         self.overlap = Overlap(self) if self.model_runner.can_overlap else None
         self._ids = count()
@@ -152,7 +156,7 @@ class LLMEngine:
         return check_int(name, token_id, at_most=self.vocab_size - 1, hint=hint)
 
     def enqueue(self, request: Request) -> int:
-        """Queue a request that `make_request` made; returns its id."""
+        """Queue a request that `make_request` made; returns its id. Let no signal interrupt it."""
         self.scheduler.add(request.seq)
         self.requests[request.seq.id] = request
         for recorder in self.recorders:
@@ -163,10 +167,25 @@ class LLMEngine:
         """End a request now; returns what it has got so far. KeyError if no unfinished request has this id."""
         if request_id not in self.requests:
             raise KeyError(f"no unfinished request has the id {request_id!r}")
-        request = self.requests.pop(request_id)
-        self.scheduler.finish(request.seq, "abort")
-        self._record(finished=[request.seq])
+        with uninterrupted():
+            request = self.requests.pop(request_id)
+            self.scheduler.finish(request.seq, "abort")
+            self._record(finished=[request.seq])
         return request.output()
+
+    def abandon(self, requests: list[Request]) -> None:
+        """Nobody waits for these any more: abort them, and forget the answers of those that are finished.
+
+        Python's garbage collector may end a stream anywhere, in the midst of a step, too. Then the step goes first.
+        """
+        if self.is_stepping:
+            self.abandoned += requests
+            return
+        with uninterrupted():
+            self.finished = [request for request in self.finished if request not in requests]
+            for request in requests:
+                if request.seq.id in self.requests:
+                    self.abort(request.seq.id)
 
     def reset_prefix_cache(self) -> None:
         """Forget what the prefix cache holds: all blocks are as new. RuntimeError while requests are unfinished."""
@@ -188,8 +207,8 @@ class LLMEngine:
 
         If it fails, it raises; all sequences that run go back to the queue, as if it had never been.
         """
-        with interrupts_deferred():
-            start, batch = perf_counter(), Batch()
+        with self._stepping():
+            start, batch, is_complete = perf_counter(), Batch(), False
             try:
                 batch = self.schedule()
                 scheduled = perf_counter()
@@ -208,11 +227,26 @@ class LLMEngine:
                     times = {"schedule": scheduled - start, **launched.times, "wait": wait, "update": end - computed}
                     self._record(batch, [request.seq for request in finished], times, launched.graph)
                     self._log(batch, end - start)
-            except BaseException as error:  # the handler of a signal may raise anything
-                self.scheduler.fail(batch)
-                self._record(batch, error=error)
+                    is_complete = True
+            except BaseException as error:  # a signal's handler may raise anything, and after all is done, too
+                if not is_complete:
+                    self.scheduler.fail(batch)
+                    self._record(batch, error=error)
                 raise
         return batch, self.take_finished()  # not before: Ctrl-C, if it came, is raised at the end of the block
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Ctrl-C, and who abandons a request, wait for the end of the block."""
+        with interrupts_deferred():
+            self.is_stepping = True
+            try:
+                yield
+            finally:
+                self.is_stepping = False
+                if self.abandoned:
+                    abandoned, self.abandoned = self.abandoned, []
+                    self.abandon(abandoned)
 
     def schedule(self, is_in_flight: bool = False) -> Batch:
         """Plan a step. RuntimeError if it would never get further: nothing planned, and nothing in flight."""
@@ -225,7 +259,7 @@ class LLMEngine:
     def advance(self) -> tuple[Batch, list[Request]]:
         """A step for whoever wants answers: like `step`, but on a GPU, if nobody records, overlapped with the next."""
         if self.overlap is not None and not self.recorders:
-            with interrupts_deferred():
+            with self._stepping():
                 batch = self.overlap.step()
             return batch, self.take_finished()
         return self.step()
@@ -233,7 +267,7 @@ class LLMEngine:
     def settle(self) -> list[Request]:
         """Wait for steps that overlap, before anything else is done; returns the requests that they finished."""
         if self.overlap is not None:
-            with interrupts_deferred():
+            with self._stepping():
                 self.overlap.drain()
         return self.take_finished()
 

@@ -71,7 +71,7 @@ def draw_steps(ax: Axes, texts: list[str], computed: list[int], context_lens: li
     width = max(context_lens)
     ax.set(xlim=(0, width + 1.2), ylim=(len(computed), 0), ylabel="step")
     ax.set_yticks([row + 0.5 for row in range(len(computed))], [str(row) for row in range(len(computed))], fontsize=8.5)
-    labels = [text.strip() or "↵" for text in texts[:width]]
+    labels = [text.strip() or ("↵" if "\n" in text else "␣") for text in texts[:width]]
     ax.set_xticks([column + 0.5 for column in range(width)], labels, rotation=60, ha="right", fontsize=8.5)
     ax.tick_params(length=0)
     for side in ("left", "bottom"):
@@ -189,7 +189,7 @@ def check_tokens_per_second(answer: Callable[..., Any], random: random.Random) -
         got = attempted(answer(bandwidth, weight_bytes, bytes_per_token, context_len, batch_size))
         if abs(got - right) <= 1e-6 * right:
             continue
-        said = f"for {name} the limit is {right:,.1f} tokens a second, and you return {got:,.1f}."
+        said = f"for {name} the limit is {right:,.3f} tokens a second, and you return {got:,.3f}."
         if abs(got - bandwidth / (weight_bytes + cache_bytes)) <= 1e-6 * got:
             said += f" That is the number of steps. Each makes a token for every one of {batch_size} sequences."
         elif abs(got - batch_size * bandwidth / weight_bytes) <= 1e-6 * got:
@@ -269,7 +269,7 @@ def check_pack(answer: Any, random: random.Random) -> Iterator[str]:
             said += f"half a step is {half_steps[token, head].item():.4f}. "
             yield said + (
                 "One loud head spoils it for the others: give each token and head a scale of its own."
-                if scale.numel() == 1
+                if scale.numel() < num_tokens * 3
                 else "The largest number of the 64 becomes 127 or -127; round the others, do not cut them off."
             )
 
@@ -334,7 +334,7 @@ def complaints_about_cache(
             if len(kept) > num_kept:
                 yield (
                     f"{case} In layer {i} the cache holds {len(kept)} tokens afterwards, and {num_kept} are right: "
-                    "roll the rejected guesses back."
+                    "roll the rejected guesses back, in the dict that you were given."
                 )
             elif len(kept) < num_kept:
                 yield f"{case} In layer {i} the cache holds {len(kept)} tokens afterwards; {num_kept} were right."

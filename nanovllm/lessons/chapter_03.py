@@ -11,7 +11,7 @@ from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
-from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.block_manager import Block, BlockManager
 from nanovllm.engine.scheduler import Batch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.trace import Trace
@@ -293,10 +293,11 @@ def make_sequence(id: int, prompt: list[int], salt: str | None = None) -> Sequen
 
 @exercise(1, "Whole blocks only, and never the last token: the rest is arithmetic.")
 def check_tokens_to_compute(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
-    cases = [(27, 22, 16), (32, 32, 16), (33, 33, 16), (40, 40, 64)]
+    cases = [(27, 22, 16), (32, 32, 16), (33, 33, 16), (40, 32, 16), (40, 40, 64)]
     for _ in range(4):
-        num_tokens = random.randint(1, 120)
-        cases.append((num_tokens, random.randint(0, num_tokens), random.choice([4, 16, 32])))
+        num_tokens, block_size = random.randint(1, 120), random.choice([4, 16, 32])
+        num_shared = random.randint(0, num_tokens)
+        cases += [(num_tokens, shared, block_size) for shared in (num_shared, num_shared // block_size * block_size)]
     for num_tokens, num_shared, block_size in cases:
         right = tokens_to_compute(num_tokens, num_shared, block_size)
         got = attempted(answer(num_tokens, num_shared, block_size))
@@ -305,6 +306,11 @@ def check_tokens_to_compute(answer: Callable[..., Any], random: random.Random) -
             continue
         if got == num_tokens - num_shared // block_size * block_size:
             yield f"with {case} you return {got}, the engine computes {right}: the last token is always computed."
+        elif got == num_tokens - max(num_shared - 1, 0) // block_size * block_size:
+            yield (
+                f"with {case} you return {got}, the engine computes {right}: it is the new prompt's last token that is "
+                "always computed, not the last of those they share."
+            )
         elif got == num_tokens - num_shared:
             yield f"with {case} you return {got}, the engine computes {right}: it shares whole blocks only."
         else:
@@ -329,8 +335,9 @@ def tokens_to_compute(num_tokens: int, num_shared: int, block_size: int) -> int:
 def check_holds(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
     class Reader(WeakHash):
         def _holds(self, block_id: int, parent: int | str, tokens: bytes) -> bool:
-            return bool(attempted(answer(self.blocks[block_id], parent, tokens)))
+            return bool(answer(self.blocks[block_id], parent, tokens))
 
+    attempted(answer(Block(parent="", tokens=b"itself"), "", b"itself"))  # elsewhere None is a way to say no
     for _ in range(20):
         blocks, reference = Reader(64, 2), WeakHash(64, 2)
         written: dict[int, tuple[str, list[int]]] = {}  # block -> salt, and all tokens up to its end
@@ -383,23 +390,29 @@ def admit(blocks: BlockManager, seq: Sequence) -> list[int]:
     "Nobody told you, and you know. Where the victim had a salt, there was nothing to see.",
 )
 def check_spy(answer: Callable[..., Any], random: random.Random) -> Iterator[str]:
-    for salt in (None, None, "red", None, "red"):
+    for victim in ("plain", "plain", "salted", "elsewhere", "plain", "salted"):
         llm = tiny_llm(num_kv_blocks=64)
         template = [random.randrange(2, 500) for _ in range(random.choice([16, 20, 40]))]
-        candidates = [template + [word] * 16 + [3] for word in random.sample(range(2, 500), 5)]
+        *candidates, other = (template + [word] * 16 + [3] for word in random.sample(range(2, 500), 6))
         secret = random.randrange(5)
-        wait(llm, candidates[secret], salt)  # the victim
+        sent = other if victim == "elsewhere" else candidates[secret]
+        wait(llm, sent, "red" if victim == "salted" else None)
         got = attempted_spy(answer(lambda prompt: wait(llm, prompt), list(candidates)))
         llm.close()
         case = f"five candidates that begin with the same {len(template)} tokens"
         if got in candidates:
             yield f"with {case} you return the prompt itself; return its index, a number from 0 to 4."
-        elif salt and got is not None:
+        elif victim == "elsewhere" and got is not None:
+            yield (
+                f"with {case} the victim had sent the template with another ending, none of the five, and you say "
+                f"{got!r}. All five are equally fast: return None then."
+            )
+        elif victim == "salted" and got is not None:
             yield (
                 f"with {case} the victim had a salt, so nothing can be known, and you say {got!r}. The first that you "
                 "send pays for the template, and the others are all equally fast: return None then."
             )
-        elif not salt and got != secret:
+        elif victim == "plain" and got != secret:
             yield (
                 f"with {case} the victim had sent number {secret}, and you say {got!r}. They all have the template "
                 "in common, so all but one are equally fast, or slow. Which one is faster than all others?"

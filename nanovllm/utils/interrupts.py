@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 # Besides Ctrl-C those for which programs have handlers: to end in good order, or after some time.
 NAMES = ("SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -18,17 +19,29 @@ def deferred(signums: Iterable[int]) -> Iterator[None]:
         yield  # only the main thread is interrupted
         return
     received: list[int] = []
-    found = {signum: signal.getsignal(signum) for signum in signums}
-    handlers = {signum: handler for signum, handler in found.items() if callable(handler)}
-    for signum in handlers:
-        signal.signal(signum, lambda signum, frame: received.append(signum))
+    handlers: dict[int, Any] = {}
+    raised: BaseException | None = None
     try:
+        for signum in signums:
+            if callable(handler := signal.getsignal(signum)):
+                handlers[signum] = handler  # noted first: a signal that does not wait may raise at the next line
+                signal.signal(signum, lambda signum, frame: received.append(signum))
         yield
     finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        for signum in received:
-            signal.raise_signal(signum)
+        while handlers or received:  # all are put back and told, whatever one of them raises
+            try:
+                for signum in list(handlers):
+                    signal.signal(signum, handlers[signum])
+                    del handlers[signum]
+                while received:
+                    signal.raise_signal(received.pop(0))
+            except BaseException as error:
+                raised = error
+        try:
+            if raised is not None:
+                raise raised
+        finally:
+            del raised  # it holds this frame, and would be held by it
 
 
 # Ctrl-C, or Jupyter's stop button, waits for the end of the block.
@@ -37,3 +50,6 @@ interrupts_deferred = partial(deferred, [signal.SIGINT])
 # The others wait, where Ctrl-C does already: bookkeeping is never left half done. Not while something may hang, of
 # which an alarm must be able to free us.
 signals_deferred = partial(deferred, OTHERS)
+
+# Bookkeeping between steps, where Ctrl-C does not wait yet.
+uninterrupted = partial(deferred, [signal.SIGINT, *OTHERS])

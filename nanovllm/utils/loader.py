@@ -111,7 +111,8 @@ def load_model(model: nn.Module, path: Path) -> None:
     """Fill the model's parameters from the safetensors files in the folder `path`.
 
     Every parameter must be there in its own shape, and nothing else: a model that lacks a weight still talks, but
-    nonsense. Raises ValueError with all that is wrong, before anything is read.
+    nonsense. Raises ValueError with all that is wrong, before anything is read; but that tensors differ of which
+    config.json says that they are one is found only where they are read.
     """
     pieces = {piece.name: piece for piece in checkpoint_pieces(model)}
     found = {name: (file, shape, dtype) for file in weight_files(path) for name, shape, dtype in tensors_in(file)}
