@@ -204,7 +204,8 @@ WRONG = [
     (1, "def tokens_to_compute(num_tokens, num_shared, block_size):\n"
         "    return max(1, num_tokens - num_shared // block_size * block_size)", "the engine computes 16 tokens"),
     (1, "def tokens_to_compute(num_tokens, num_shared, block_size):\n"
-        "    return num_tokens - max(num_shared - 1, 0) // block_size * block_size", "not the last of those they share"),
+        "    return num_tokens - max(num_shared - 1, 0) // block_size * block_size",
+        "not the last of those they share"),
     (2, "def holds(block, parent, tokens):\n"
         "    return True", "gets the block of the tokens"),
     (2, "def holds(block, parent, tokens):\n"
