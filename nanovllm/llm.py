@@ -281,7 +281,7 @@ class Progress:
         self.bar.close()
 
     def update(self, batch: Batch, num_finished: int, seconds: float) -> None:
-        """Count one step."""
+        """Count one step, with the tokens that came after an answer's end: where steps overlap, they are dropped."""
         num_output_tokens = sum(s.samples for s in batch.scheduled)
         num_prompt_tokens = batch.num_tokens - sum(s.num_new_tokens == 1 and s.samples for s in batch.scheduled)
         for kind, num_tokens in (("prefill", num_prompt_tokens), ("decode", num_output_tokens)):

@@ -14,7 +14,7 @@ class Late(Exception):
 
 
 @pytest.fixture
-def told(monkeypatch):
+def told():
     """The signals that handlers were told of; that of SIGALRM raises, as one that limits a call's time does."""
     told = []
 

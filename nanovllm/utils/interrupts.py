@@ -12,11 +12,15 @@ NAMES = ("SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 OTHERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has fewer
 
 
+def is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def deferred(signums: Iterable[int]) -> Iterator[None]:
     """Let signals that have a handler in Python wait for the end of the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
+    if not is_main_thread():
+        yield  # nobody else is interrupted
         return
     received: list[int] = []
     handlers: dict[int, Any] = {}
@@ -28,8 +32,11 @@ def deferred(signums: Iterable[int]) -> Iterator[None]:
                 signal.signal(signum, lambda signum, frame: received.append(signum))
         yield
     finally:
-        while handlers or received:  # all are put back and told, whatever one of them raises
+        # All are put back and told, whatever one of them raises. (A call lets signals in: it stands inside of `try`.)
+        while handlers or received:
             try:
+                if not is_main_thread():
+                    break  # the garbage collector ends this elsewhere, where nothing can be put back
                 for signum in list(handlers):
                     signal.signal(signum, handlers[signum])
                     del handlers[signum]
