@@ -16,7 +16,6 @@ from nanovllm.engine.scheduler import Batch
 from nanovllm.engine.trace import Trace
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.checks import check_text
-from nanovllm.utils.interrupts import uninterrupted
 
 Prompt = str | list[int]
 Message = dict[str, str]
@@ -77,10 +76,9 @@ class LLM:
         requests = self._make_requests([prompts] if isinstance(prompts, str) else prompts, sampling_params)
         pending = set(requests)
         with self._awaiting(requests), Progress(len(requests), disable=not use_tqdm) as progress:
-            with uninterrupted():
-                for i, request in enumerate(requests):
-                    with errors_of(f"prompt {i}"):
-                        self.engine.enqueue(request)
+            for i, request in enumerate(requests):
+                with errors_of(f"prompt {i}"):
+                    self.engine.enqueue(request)
             while pending:
                 start = perf_counter()
                 batch, all_finished = self._step()
@@ -147,8 +145,7 @@ class LLM:
         num_chars = num_tokens = 0
         finish_reason = None
         with self._awaiting([request]):
-            with uninterrupted():
-                self.engine.enqueue(request)
+            self.engine.enqueue(request)
             while finish_reason is None:
                 if not request.seq.is_finished:  # the steps of another call may have brought it to its end
                     self._step()
@@ -163,9 +160,7 @@ class LLM:
 
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
         """Queue a request and return its id; `step` makes it go. Raises TypeError or ValueError if it is wrong."""
-        request = self.engine.make_request(prompt, sampling_params)
-        with uninterrupted():
-            return self.engine.enqueue(request)
+        return self.engine.enqueue(self.engine.make_request(prompt, sampling_params))
 
     def step(self) -> list[dict[str, Any]]:
         """Make one step for all requests; returns the answers of those that finished."""

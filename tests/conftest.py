@@ -29,6 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from nanovllm import LLM, SamplingParams
 from nanovllm.utils.hub import resolve_model
 
 SIZES = dict(
@@ -138,6 +139,13 @@ def collecting_once(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(*args)
 
     return call
+
+
+def abandoned_stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> None:
+    """A stream that has begun, held by nobody but itself: Python's garbage collector ends it, wherever it runs next."""
+    cycle: list[Any] = [llm.stream(prompt, params)]
+    cycle.append(cycle)
+    next(cycle[0])
 
 
 @contextmanager

@@ -165,7 +165,7 @@ WRONG = [
     (1, RATE + "bandwidth / (weights + batch * context * per_token)", "That is the number of steps"),
     (1, RATE + "batch * bandwidth / weights", "also the keys and values"),
     (1, RATE + "bandwidth / (weights + context * per_token)", "read once a step"),
-    (1, RATE + "0.0", "the limit is 221.2"),
+    (1, RATE + "0.0", "the limit is 221.207 tokens a second"),
     (2, SLIDE + "keys, values", "The window is 4, the new token included"),
     (2, SLIDE + "keys[-window - 1:], values[-window - 1:]", "keep 5 tokens"),
     (2, SLIDE + "keys[:window], values[:window]", "not attention over the last"),

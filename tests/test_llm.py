@@ -29,7 +29,7 @@ from nanovllm.engine.launched_step import LaunchedStep
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.utils.loader import build_model
-from tests.conftest import Panic, alarms, collecting_once, collector_off, failing_once, interrupted
+from tests.conftest import Panic, abandoned_stream, alarms, collecting_once, collector_off, failing_once, interrupted
 from tests.scheduling import Slips
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -655,13 +655,6 @@ def test_an_alarm_at_the_end_of_a_step_does_not_make_it_fail(llm, monkeypatch):
     assert len(trace.steps) == 8 and not any(step.error for step in trace.steps)
 
 
-def abandoned_stream(llm, prompt, max_tokens):
-    """A stream that has begun, held by nobody but itself: Python's garbage collector ends it, wherever it runs next."""
-    cycle = [llm.stream(prompt, replace(GREEDY, max_tokens=max_tokens))]
-    cycle.append(cycle)
-    next(cycle[0])
-
-
 def test_a_stream_that_the_collector_ends_while_it_is_admitted_again(model_path, monkeypatch):
     """It is aborted when the step is over; who waits behind it is not lost."""
     prompts, params = [list(range(8)), [9, 9, 9]], replace(GREEDY, max_tokens=12)
@@ -669,7 +662,7 @@ def test_a_stream_that_the_collector_ends_while_it_is_admitted_again(model_path,
     llm = LLM(model_path, dtype="float32", num_kv_blocks=7, block_size=4, max_num_seqs=3)
     ids = [llm.add_request(prompts[0], params)]
     with collector_off():
-        abandoned_stream(llm, list(range(50, 58)), max_tokens=14)
+        abandoned_stream(llm, list(range(50, 58)), replace(GREEDY, max_tokens=14))
         while not llm.engine.scheduler.waiting:  # it is preempted
             llm.step()
         ids.append(llm.add_request(prompts[1], params))
@@ -684,7 +677,7 @@ def test_a_stream_that_the_collector_ends_while_it_is_admitted_again(model_path,
 def test_a_stream_that_the_collector_ends_while_its_last_token_is_taken_in(llm, monkeypatch):
     expected = generate(llm, ["Hello"])[0]["token_ids"]
     with collector_off(), monkeypatch.context() as patch:
-        abandoned_stream(llm, "there", max_tokens=3)
+        abandoned_stream(llm, "there", replace(GREEDY, max_tokens=3))
         patch.setattr(llm.engine.scheduler, "finish", collecting_once(llm.engine.scheduler.finish))
         assert generate(llm, ["Hello"])[0]["token_ids"] == expected
     assert_idle(llm)

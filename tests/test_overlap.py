@@ -13,7 +13,7 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.overlap import Overlap
-from tests.conftest import Panic, alarms, collecting_once, collector_off, failing_once, interrupted
+from tests.conftest import Panic, abandoned_stream, alarms, collecting_once, collector_off, failing_once, interrupted
 from tests.scheduling import Slips
 
 
@@ -265,10 +265,7 @@ def test_a_stream_that_the_collector_ends_in_the_midst_of_a_step(model_path, pla
     expected = [answer["token_ids"] for answer in plain.generate(prompts, params, use_tqdm=False)]
     llm = overlapping(model_path)
     with collector_off(), monkeypatch.context() as patch:
-        cycle = [llm.stream([7, 8, 9], replace(params, max_tokens=4))]
-        cycle.append(cycle)
-        next(cycle[0])
-        del cycle
+        abandoned_stream(llm, [7, 8, 9], replace(params, max_tokens=4))
         patch.setattr(llm.engine.scheduler, name, collecting_once(getattr(llm.engine.scheduler, name)))
         assert [answer["token_ids"] for answer in llm.generate(prompts, params, use_tqdm=False)] == expected
         assert not llm.has_unfinished_requests(), "nobody is told of the stream's answer"

@@ -156,11 +156,12 @@ class LLMEngine:
         return check_int(name, token_id, at_most=self.vocab_size - 1, hint=hint)
 
     def enqueue(self, request: Request) -> int:
-        """Queue a request that `make_request` made; returns its id. Let no signal interrupt it."""
-        self.scheduler.add(request.seq)
-        self.requests[request.seq.id] = request
-        for recorder in self.recorders:
-            recorder.add(request.seq, request.prompt)
+        """Queue a request that `make_request` made; returns its id."""
+        with uninterrupted():
+            self.scheduler.add(request.seq)
+            self.requests[request.seq.id] = request
+            for recorder in self.recorders:
+                recorder.add(request.seq, request.prompt)
         return request.seq.id
 
     def abort(self, request_id: int) -> dict[str, Any]:
